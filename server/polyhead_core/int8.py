@@ -1,0 +1,141 @@
+"""The int8 linear layer that server and trainer share, in LLM.int8's layout: int8 weights, one absmax per output row.
+
+The quantisation of activations is per row and never looks across rows, so a row's result is independent of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from polyhead_core.kernels import dispatch
+from polyhead_core.kernels.reference import INT8_MAX
+
+
+def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise absmax: (int8 [out, in], float32 absmax [out]), as bitsandbytes' int8_vectorwise_quant lays it out."""
+    weight_OI = weight_OI.float()
+    absmax_O = weight_OI.abs().amax(dim=1)
+    scale_O1 = torch.where(absmax_O > 0, INT8_MAX / absmax_O, 0.0).unsqueeze(1)
+    return (weight_OI * scale_O1).round().to(torch.int8), absmax_O
+
+
+class Int8Linear(nn.Linear):
+    """y = x W^T + b with frozen int8 W. A subclass of nn.Linear, so PEFT's plain LoRA path takes it.
+
+    State: `weight` int8 [out, in] and `SCB` float32 [out], named and laid out as bitsandbytes saves them; `input_scale`
+    float32 [in] and `outlier_columns` int64 [k] from calibration, absent (None) for checkpoints that have none.
+    With calibration W[o, i] = weight[o, i] * SCB[o] / 127 / input_scale[i].
+    """
+
+    SCB: Tensor
+    input_scale: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_weight: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, device: Any = None) -> None:
+        # nn.Linear's own initialiser would allocate and fill a float weight: built on the meta device, then replaced.
+        super().__init__(in_features, out_features, bias=bias, device="meta")
+        int8 = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(int8, requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+        self.register_buffer("SCB", torch.empty(out_features, device=device))
+        self.register_buffer("input_scale", None)
+        self.register_buffer("outlier_columns", None)
+        self.register_buffer("outlier_weight", None, persistent=False)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight_OI: Tensor,
+        bias_O: Tensor | None = None,
+        input_scale_I: Tensor | None = None,
+        outlier_columns_K: Tensor | None = None,
+    ) -> Int8Linear:
+        """Quantises a float weight [out, in]."""
+        layer = cls(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
+        scaled_OI = weight_OI.float() if input_scale_I is None else weight_OI.float() * input_scale_I
+        layer.set_int8(*quantize_weight(scaled_OI), bias_O, input_scale_I, outlier_columns_K)
+        return layer
+
+    def set_int8(
+        self,
+        weight_OI: Tensor,
+        absmax_O: Tensor,
+        bias_O: Tensor | None = None,
+        input_scale_I: Tensor | None = None,
+        outlier_columns_K: Tensor | None = None,
+    ) -> None:
+        """Takes over quantised tensors as they are, without a copy."""
+        assert weight_OI.dtype == torch.int8 and weight_OI.shape == (self.out_features, self.in_features)
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.SCB = absmax_O.float()
+        if bias_O is not None:
+            self.bias = nn.Parameter(bias_O.float(), requires_grad=False)
+        self.input_scale = input_scale_I
+        self.outlier_columns = outlier_columns_K
+        self.outlier_weight = None if outlier_columns_K is None else weight_OI[:, outlier_columns_K].contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] of any float type -> [..., out] of the same type; differentiable in x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Int8Product.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        y = dispatch.int8_linear(
+            x.reshape(-1, self.in_features),
+            self.weight,
+            self.SCB,
+            self.input_scale,
+            self.outlier_columns,
+            self.outlier_weight,
+            self.bias,
+        )
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [out, in] that this layer stands for."""
+        weight_OI = self.weight.float() * (self.SCB / INT8_MAX).unsqueeze(1)
+        return weight_OI if self.input_scale is None else weight_OI / self.input_scale
+
+    @property
+    def W_q(self) -> Tensor:
+        """The name by which PEFT recognises a quantised weight and calls `dequantize` (as for HQQ); without it the
+        magnitudes of DoRA would be computed from raw int8 values."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        outliers = 0 if self.outlier_columns is None else len(self.outlier_columns)
+        smoothed = self.input_scale is not None
+        return f"{super().extra_repr()}, smoothed={smoothed}, outlier_columns={outliers}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        # `.to(dtype)`, `.half()` and the like must not touch the scales: they are part of the int8 format.
+        super()._apply(fn, recurse)
+        for name in ("SCB", "input_scale"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype != torch.float32:
+                raise TypeError(f"Int8Linear.{name} must stay float32; got {tensor.dtype}: move the device only")
+        return self
+
+
+class _Int8Product(torch.autograd.Function):
+    """Forward in int8, straight-through backward: dL/dx = (g * SCB / 127) W_q / input_scale."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer  # type: ignore[attr-defined]
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        layer: Int8Linear = ctx.layer  # type: ignore[attr-defined]
+        (g,) = grads
+        grad_x = (g * (layer.SCB / INT8_MAX).to(g.dtype)) @ layer.weight.to(g.dtype)
+        return grad_x if layer.input_scale is None else grad_x / layer.input_scale.to(g.dtype), None

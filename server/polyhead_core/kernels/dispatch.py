@@ -1,0 +1,101 @@
+"""Picks, per device, the implementation of each kernel: C++ on the CPU, the torch reference everywhere else.
+
+Float activations of other types than float32 are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead_core.kernels import reference
+from polyhead_core.kernels.tables import AdapterTables
+
+
+def _cpu(tensor: Tensor) -> Any | None:
+    if tensor.device.type != "cpu":
+        return None
+    from polyhead_core.kernels.cpu import build  # built on the first use of the CPU, not at import
+
+    return build.load()
+
+
+def int8_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    absmax_O: Tensor,
+    input_scale_I: Tensor | None = None,
+    outlier_columns_K: Tensor | None = None,
+    outlier_weight_OK: Tensor | None = None,
+    bias_O: Tensor | None = None,
+) -> Tensor:
+    """See reference.int8_linear; x may be of any float type, the result is float32 [T, O]."""
+    kernels = _cpu(x_TI)
+    function = reference.int8_linear if kernels is None else kernels.int8_linear
+    result: Tensor = function(
+        x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O
+    )
+    return result
+
+
+def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> Tensor:
+    """y with the adapters' products added; float32 y is changed in place. See reference.low_rank_add."""
+    out = y_TO.float().contiguous()
+    kernels = _cpu(out)
+    if kernels is None:
+        reference.low_rank_add(out, x_TI, tables, site, slots_T)
+    else:
+        x = x_TI.float().contiguous()
+        kernels.low_rank_add(out, x, tables.arena, tables.num_pages, tables.pages, tables.bias, site, slots_T)
+    return out.to(y_TO.dtype)
+
+
+def embedding_add(y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, vocab: int) -> Tensor:
+    """y with the adapters' embedding rows added; float32 y is changed in place. See reference.embedding_add."""
+    out = y_TO.float().contiguous()
+    kernels = _cpu(out)
+    if kernels is None:
+        reference.embedding_add(out, token_ids_T, tables, site, slots_T, vocab)
+    else:
+        kernels.embedding_add(
+            out, token_ids_T, tables.arena, tables.num_pages, tables.pages, tables.bias, site, slots_T
+        )
+    return out.to(y_TO.dtype)
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_pages_NGBD: Tensor,
+    v_pages_NGBD: Tensor,
+    block_tables_SM: Tensor,
+    sequence_T: Tensor,
+    positions_T: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """See reference.paged_attention; the result [T, H, D] has q's type."""
+    kernels = _cpu(q_THD)
+    if kernels is None:
+        return reference.paged_attention(
+            q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap
+        )
+    result: Tensor = kernels.paged_attention(
+        q_THD.float().contiguous(), k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T,
+        scale, sliding_window, softcap,
+    )  # fmt: skip
+    return result.to(q_THD.dtype)
+
+
+def write_kv(
+    k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor
+) -> None:
+    """See reference.write_kv: an indexed copy, the same on every device."""
+    reference.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
+
+
+def is_accelerated(device: torch.device) -> bool:
+    """Whether this device has kernels of its own."""
+    return _cpu(torch.empty(0, device=device)) is not None
