@@ -1,0 +1,76 @@
+"""Reads a directory's safetensors one tensor at a time, so that loading never holds the whole checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from polyhead_core.errors import BackboneError
+
+
+class CheckpointReader:
+    """The tensors of a Hugging Face directory, sharded or not."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = _tensor_files(directory)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor backed by its file's pages. The mapping goes when the tensor goes, which is why each read opens anew:
+        one mapping for all reads would count every page ever touched as memory of this process."""
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"cannot read {name} from {self._files[name]}: {error}") from error
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    try:
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+            if missing:
+                raise BackboneError(f"{directory} lacks the shards {', '.join(missing)} that its index names")
+            return {name: directory / file for name, file in weight_map.items()}
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return {name: single for name in file.keys()}  # noqa: SIM118: not a dict
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BackboneError(f"cannot read the checkpoint in {directory}: {error}") from error
+    raise BackboneError(f"{directory} has no model.safetensors and no model.safetensors.index.json; pickles are not read")
+
+
+def fingerprint(directory: Path, cache_dir: Path) -> str:
+    """SHA-256 over the architecture's name and every tensor's name, type, shape and bytes.
+
+    Independent of sharding, of later quantisation and of library versions. Kept in the cache by the files' stats.
+    """
+    reader = CheckpointReader(directory)
+    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in set(reader._files.values()))
+    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
+    remembered = cache_dir / "fingerprints" / key
+    if remembered.is_file():
+        return remembered.read_text(encoding="ascii")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(str(config.get("model_type")).encode())
+    for name in reader.names:
+        tensor = reader.read(name).contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    remembered.write_text(digest.hexdigest(), encoding="ascii")
+    return digest.hexdigest()
