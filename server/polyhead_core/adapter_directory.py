@@ -7,6 +7,7 @@ message and not a SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -172,35 +173,34 @@ def _replace_file(path: Path, data: bytes, mode: int) -> None:
 
 def _read_files(directory: Path, max_file_bytes: int) -> _RawFiles:
     try:
-        # All names are looked up in this one descriptor: a folder swapped in under the same name is not seen.
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.ExitStack() as opened:
+            # All names are looked up in this one descriptor: a folder swapped in under the same name is not seen.
+            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, folder)
+            return _read_files_in(folder, directory.name, max_file_bytes, opened)
     except OSError as error:
         raise AdapterFormatError(
-            f"adapter folder {directory.name!r} cannot be opened: {error.strerror}; expected a folder with "
+            f"adapter folder {directory.name!r} cannot be read: {error.strerror}; expected a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}",
             details={"adapter": directory.name},
         ) from error
-    try:
-        config_file = _open_inside(folder, directory.name, CONFIG_FILE)
-        try:
-            weights_file = _open_inside(folder, directory.name, WEIGHTS_FILE)
-            try:
-                # Both are open before either is read, and both are looked at again after both are read.
-                before = _identity(config_file), _identity(weights_file)
-                config = _read(config_file, directory.name, CONFIG_FILE, min(MAX_CONFIG_BYTES, max_file_bytes))
-                weights = _read(weights_file, directory.name, WEIGHTS_FILE, max_file_bytes)
-                after = _identity(config_file), _identity(weights_file)
-                named = _named_identity(folder, CONFIG_FILE), _named_identity(folder, WEIGHTS_FILE)
-                mode = stat.S_IMODE(os.fstat(weights_file).st_mode)
-            finally:
-                os.close(weights_file)
-        finally:
-            os.close(config_file)
-    finally:
-        os.close(folder)
+
+
+def _read_files_in(folder: int, adapter: str, max_file_bytes: int, opened: contextlib.ExitStack) -> _RawFiles:
+    files = []
+    for file_name in (CONFIG_FILE, WEIGHTS_FILE):
+        files.append(_open_inside(folder, adapter, file_name))
+        opened.callback(os.close, files[-1])
+    config_file, weights_file = files
+    # Both are open before either is read, and both are looked at again after both are read.
+    before = _identity(config_file), _identity(weights_file)
+    config = _read(config_file, adapter, CONFIG_FILE, min(MAX_CONFIG_BYTES, max_file_bytes))
+    weights = _read(weights_file, adapter, WEIGHTS_FILE, max_file_bytes)
+    after = _identity(config_file), _identity(weights_file)
+    named = _named_identity(folder, CONFIG_FILE), _named_identity(folder, WEIGHTS_FILE)
     if not before == after == named:
-        _refuse(directory.name, "its files changed while they were read; they are read again once they have settled")
-    return _RawFiles(config, weights, mode)
+        _refuse(adapter, "its files changed while they were read; they are read again once they have settled")
+    return _RawFiles(config, weights, stat.S_IMODE(os.fstat(weights_file).st_mode))
 
 
 def _open_inside(folder: int, adapter: str, file_name: str) -> int:

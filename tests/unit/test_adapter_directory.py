@@ -225,7 +225,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights a link to itself": (_link_loop, "cannot be opened"),
     "weights a folder": (_directory_as_file, "not a regular file"),
     "weights a pipe": (_pipe_as_file, "not a regular file"),
-    "no folder": (lambda folder: folder.rename(folder.parent / "elsewhere"), "cannot be opened"),
+    "no folder": (lambda folder: folder.rename(folder.parent / "elsewhere"), "cannot be read"),
 }
 
 
