@@ -23,7 +23,7 @@ def download_pypi(name: str, version: str, *, sha256: str, cache_dir: Path, sdis
         return marker
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", staging]
-        command += ["--no-binary", ":all:", "--no-build-isolation"] if sdist else ["--only-binary", ":all:"]
+        command += ["--no-binary", name] if sdist else ["--only-binary", ":all:"]
         result = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True, check=False)
         files = list(Path(staging).iterdir())
         if result.returncode != 0 or len(files) != 1:

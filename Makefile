@@ -1,0 +1,39 @@
+# make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
+.PHONY: setup demo test lint unit test-slow test-gpu bench bench-perplexity proto clean
+BIN := .venv/bin
+
+setup:
+	@.ci/setup
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+test: lint unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+bench: setup
+	$(BIN)/python benchmarks/serving.py
+
+bench-perplexity: setup
+	$(BIN)/python benchmarks/perplexity.py
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
+		proto/polyhead_proto/v1/*.proto
+
+clean:
+	rm -rf .venv build dist runs results .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,56 @@
+"""Attention over the paged KV cache, as an attention function that transformers' models call by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead_core.kernels import dispatch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from polyhead_server.engine.batch import StepBatch
+
+NAME = "polyhead_paged"
+BATCH_ARGUMENT = "polyhead_batch"
+"""The keyword under which a StepBatch travels through the model's forward to its attention layers."""
+
+
+def register() -> None:
+    """Makes the function known to transformers. No mask is built: the page tables say what a token may see."""
+    AttentionInterface.register(NAME, paged_attention_forward)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Writes this step's keys and values into their pages, then attends over the pages.
+
+    query [1, H, T, D], key and value [1, G, T, D], already rotated; returns [1, T, H, D] and no weights.
+    """
+    batch: StepBatch = kwargs[BATCH_ARGUMENT]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    keys, values = batch.kv.keys[layer], batch.kv.values[layer]
+    dispatch.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
+    out_THD = dispatch.paged_attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        batch.block_tables,
+        batch.sequence,
+        batch.positions,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out_THD.unsqueeze(0), None

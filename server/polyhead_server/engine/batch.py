@@ -1,0 +1,98 @@
+"""One step's flattened batch as tensors: what the attention and the sites need to know of the rows.
+
+Shapes: T tokens of all rows in a line, S sequences, M blocks of the longest one, L positions whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from polyhead_core.kernels.tables import AdapterTables
+from torch import Tensor
+
+from polyhead_server.kvcache.pool import KVPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRow:
+    """A piece of one sequence: `token_ids` at positions start, start + 1, ... whose KV goes into `block_ids`."""
+
+    token_ids: SequenceOf[int]
+    start: int
+    block_ids: SequenceOf[int]
+    slot: int
+    """Adapter slot; -1: none."""
+    all_logits: bool = False
+    """Logits of every position (scoring), else of the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    sequence: Tensor  # [T] int32: row of block_tables
+    block_tables: Tensor  # [S, M] int32
+    slot_mapping: Tensor  # [T] int64: block * block_size + offset
+    adapter_slots: Tensor  # [T] int32: -1 none
+    logit_rows: Tensor  # [L] int64: indices into T
+    logit_slots: Tensor  # [L] int32: adapter_slots at logit_rows
+    active_sites: frozenset[int]
+    """Sites at which some adapter of this batch acts; all others are skipped."""
+    tables: AdapterTables
+    kv: KVPool
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool, device: torch.device) -> StepBatch:
+    """Lays `rows` out in a line; their logits come in the same order."""
+    block_size = kv.shape.block_size
+    tokens: list[int] = []
+    positions: list[int] = []
+    sequence: list[int] = []
+    slot_mapping: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    for index, row in enumerate(rows):
+        first = len(tokens)
+        tokens.extend(row.token_ids)
+        span = range(row.start, row.start + len(row.token_ids))
+        positions.extend(span)
+        sequence.extend([index] * len(span))
+        slots.extend([row.slot] * len(span))
+        slot_mapping.extend(row.block_ids[at // block_size] * block_size + at % block_size for at in span)
+        logit_rows.extend(range(first if row.all_logits else len(tokens) - 1, len(tokens)))
+    width = max(len(row.block_ids) for row in rows)
+    block_tables = [[*row.block_ids, *[0] * (width - len(row.block_ids))] for row in rows]
+
+    def int32(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def int64(values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return StepBatch(
+        token_ids=int64(tokens),
+        positions=int64(positions),
+        sequence=int32(sequence),
+        block_tables=int32(block_tables),
+        slot_mapping=int64(slot_mapping),
+        adapter_slots=int32(slots),
+        logit_rows=int64(logit_rows),
+        logit_slots=int32([slots[at] for at in logit_rows]),
+        active_sites=_active_sites({row.slot for row in rows} - {-1}, tables),
+        tables=tables,
+        kv=kv,
+    )
+
+
+def _active_sites(slots: set[int], tables: AdapterTables) -> frozenset[int]:
+    if not slots:
+        return frozenset()
+    index = torch.tensor(sorted(slots), device=tables.num_pages.device)
+    acts_S = ((tables.num_pages[index] > 0) | (tables.bias[index] >= 0)).any(dim=0)
+    return frozenset(acts_S.nonzero().flatten().tolist())

@@ -1,0 +1,94 @@
+"""Runs the backbone over one flattened batch. Owns the model and the KV pages; knows nothing of requests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from polyhead_core.backbone import Backbone
+from polyhead_core.errors import BackboneError
+from polyhead_core.kernels.tables import AdapterTables
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from polyhead_server.engine import attention
+from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
+from polyhead_server.engine.site_modules import CurrentStep, attach
+from polyhead_server.kvcache.pool import KVPool, KVShape
+
+
+class Runner:
+    """The swapped model and its KV pool. Not thread-safe: the engine's thread alone calls it."""
+
+    def __init__(self, backbone: Backbone, *, block_size: int, kv_cache_bytes: int) -> None:
+        self.backbone = backbone
+        self._step = CurrentStep()
+        layers = probe_attention(backbone)
+        shape = KVShape(layers=layers, block_size=block_size, dtype=backbone.dtype)
+        self.kv = KVPool(shape, kv_cache_bytes, backbone.device)
+        attention.register()
+        backbone.model.set_attn_implementation(attention.NAME)
+        attach(backbone.model, backbone.sites, self._step)
+
+    def prepare(self, rows: Sequence[BatchRow], tables: AdapterTables) -> StepBatch:
+        return build_batch(rows, tables, self.kv, self.backbone.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Logits [L, vocab] float32 at the batch's logit rows; the KV of all its tokens is in the pages afterwards."""
+        self._step.batch = batch
+        try:
+            output = self.backbone.model(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+                **{attention.BATCH_ARGUMENT: batch},
+            )
+        finally:
+            self._step.batch = None
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+
+@torch.inference_mode()
+def probe_attention(backbone: Backbone) -> tuple[tuple[int, int], ...]:
+    """(key/value heads, head width) of each layer, seen by running one token through an attention function of our own.
+
+    Raises BackboneError for a model whose attention does not go through transformers' attention interface: some
+    architectures ignore it silently and would be computed without any KV cache.
+    """
+    seen: dict[int, tuple[int, int]] = {}
+
+    def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        if key.shape != value.shape:
+            raise BackboneError(f"{backbone.architecture} has keys and values of different widths: not supported")
+        seen[int(module.layer_idx)] = (key.shape[1], key.shape[3])
+        return query.transpose(1, 2), None
+
+    name = "polyhead_probe"
+    with _attention_function(backbone, name, record):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
+        backbone.model(input_ids=token, position_ids=token, use_cache=False)
+    expected = int(backbone.model.config.num_hidden_layers)
+    if sorted(seen) != list(range(expected)):
+        raise BackboneError(
+            f"{backbone.architecture} does not run its attention through transformers' attention interface "
+            f"({len(seen)} of {expected} layers did), so it cannot be served"
+        )
+    return tuple(seen[layer] for layer in range(expected))
+
+
+@contextlib.contextmanager
+def _attention_function(backbone: Backbone, name: str, function: Any) -> Iterator[None]:
+    previous = backbone.model.config._attn_implementation
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    backbone.model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        backbone.model.set_attn_implementation(previous)

@@ -1,0 +1,46 @@
+"""The memory of the paged KV cache: one pair of page tensors a layer. Which block is whose, only block_manager knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from polyhead_core.errors import ConfigError
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """Key/value heads and head width of each layer, in layer order."""
+
+    layers: tuple[tuple[int, int], ...]
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        elements = sum(heads * width for heads, width in self.layers) * self.block_size
+        return 2 * elements * self.dtype.itemsize
+
+
+class KVPool:
+    """`keys[layer]` and `values[layer]`, each [num_blocks, kv_heads, block_size, head_width]."""
+
+    def __init__(self, shape: KVShape, max_bytes: int, device: torch.device) -> None:
+        self.shape = shape
+        self.num_blocks = max_bytes // shape.bytes_per_block
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_bytes = {max_bytes} holds no block: one block of {shape.block_size} tokens takes "
+                f"{shape.bytes_per_block} bytes"
+            )
+
+        def pages(heads: int, width: int) -> Tensor:
+            return torch.zeros(self.num_blocks, heads, shape.block_size, width, dtype=shape.dtype, device=device)
+
+        self.keys = [pages(*layer) for layer in shape.layers]
+        self.values = [pages(*layer) for layer in shape.layers]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.shape.bytes_per_block
