@@ -86,14 +86,14 @@ def _serve(config: ServerConfig) -> int:
         quantization=config.quantization,
         dtype=config.dtype,
         device=config.device,
-        cache_dir=config.cache_dir,
+        cache_dir=Path(config.cache_dir) if config.cache_dir else None,
     )
     store = AdapterStore.for_backbone(config, backbone, metrics)
     engine = Engine(config, backbone, store, metrics)
 
     async def run() -> None:
         service = Service(config, engine, store, backbone, metrics)
-        await _run_until_signal(service, config, _facts(backbone, metrics_address))
+        await run_until_signal(service, config, _facts(backbone, metrics_address))
 
     asyncio.run(run())
     return 0
@@ -119,7 +119,7 @@ def _facts(backbone: Backbone, metrics_address: str) -> str:
     return text + (f"\nmetrics http://{metrics_address}/metrics" if metrics_address else "")
 
 
-async def _run_until_signal(service: Service, config: ServerConfig, facts: str) -> None:
+async def run_until_signal(service: Service, config: ServerConfig, facts: str) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once."""
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()

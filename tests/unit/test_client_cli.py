@@ -1,0 +1,109 @@
+"""The `polyhead` command: answers on stdout, one clear line on stderr and exit code 1 otherwise."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from polyhead_client import cli
+from service_doubles import Harness
+
+
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
+
+
+@pytest.fixture
+def address(harness: Harness) -> Iterator[str]:
+    with harness.serve() as service:
+        yield service.address
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["polyhead", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize("server_first", [True, False])
+def test_generate_prints_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    address: str,
+    harness: Harness,
+    server_first: bool,
+) -> None:
+    ask = ["generate", "--adapter", "french", "--max-tokens", "7", "--stop", "a", "--stop", "b", "hello"]
+    server = ["--server", address]
+    assert run(monkeypatch, *(server + ask if server_first else ask + server)) == 0
+    assert capsys.readouterr().out == "Hello there\n"
+    request = harness.engine.submitted[0]
+    assert request.adapter is not None
+    assert (request.adapter.name, request.params.max_tokens, request.params.stop) == ("french", 7, ("a", "b"))
+
+
+def test_chat_reads_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, harness: Harness
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
+    assert run(monkeypatch, "chat", "--server", address, "--system", "be kind", "-") == 0
+    assert capsys.readouterr().out == "Hello there\n"
+    text = harness.backbone.tokenizer.decode(harness.engine.submitted[0].prompt_token_ids)
+    assert "system\nbe kind" in text
+    assert "user\nhi" in text
+
+
+def test_score_adapters_and_info_print_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    assert run(monkeypatch, "score", "--server", address, "--top-logprobs", "1", "the user") == 0
+    out = capsys.readouterr().out
+    assert "logprob" in out
+    assert "total -" in out
+    assert run(monkeypatch, "adapters", "--server", address) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[:3] == ["NAME", "TYPE", "RANK"]
+    assert "french" in out
+    assert run(monkeypatch, "info", "--server", address) == 0
+    assert "backbone.architecture = LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_adapter_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, harness: Harness
+) -> None:
+    for command in (["load"], ["pin"], ["pin", "--off"], ["unload"]):
+        assert run(monkeypatch, "adapter", *command, "--server", address, "french") == 0
+        assert "french" in capsys.readouterr().out
+    assert not harness.store.known["french"].pinned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "--adapter", "frnch", "hello"], "near: french"),
+        (["generate", ""], "empty"),
+        (["adapter", "load", "nope"], "nope"),
+        (["generate", "--seed", "-1", "hello"], "seed"),
+    ],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, arguments: list[str], says: str
+) -> None:
+    assert run(monkeypatch, "--server", address, *arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("polyhead: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(address: str) -> None:
+    command = f"{sys.executable} -m polyhead_client.cli --server {address} generate hello | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert "Traceback" not in done.stderr
