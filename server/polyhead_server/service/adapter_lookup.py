@@ -6,27 +6,11 @@ import asyncio
 import time
 from concurrent.futures import Executor
 
-from polyhead_core.errors import InvalidRequest, UnknownAdapter
+from polyhead_core.adapter_directory import check_adapter_name
+from polyhead_core.errors import UnknownAdapter
 
 from polyhead_server.request import AdapterVersion
 from polyhead_server.service.ports import AdapterStore
-
-MAX_NAME_CHARS = 255
-_EXPECTED = f"a folder's name: 1 to {MAX_NAME_CHARS} characters without path separators, '..' or control characters"
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidRequest unless `name` could be a sub-folder's name. Touches no disk."""
-    usable = (
-        0 < len(name) <= MAX_NAME_CHARS
-        and ".." not in name
-        and not any(char in "/\\" or not (char.isprintable() or char == " ") for char in name)
-    )
-    if not usable:
-        raise InvalidRequest(
-            f"adapter name {name[:64]!r} is not usable: expected {_EXPECTED}",
-            details={"field": "adapter", "given": name},
-        )
 
 
 class AdapterLookup:
@@ -43,7 +27,7 @@ class AdapterLookup:
         """The version that `name` means now; None for the backbone alone. Raises UnknownAdapter or AdapterRejected."""
         if not name:
             return None
-        check_name(name)
+        check_adapter_name(name)
         try:
             return self._store.resolve(name)
         except UnknownAdapter:
@@ -52,7 +36,7 @@ class AdapterLookup:
 
     async def ensure_known(self, name: str) -> None:
         """Returns if there is such an adapter, usable or not; else raises UnknownAdapter."""
-        check_name(name)
+        check_adapter_name(name)
         try:
             self._store.get(name)
         except UnknownAdapter:

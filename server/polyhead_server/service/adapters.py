@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 import grpc
-from polyhead_core.errors import InvalidRequest
 from polyhead_proto.v1 import adapters_pb2, adapters_pb2_grpc
 
 from polyhead_server.service import convert
@@ -43,8 +42,6 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
         return await self._on(message.name, lambda: self._store.pin(message.name, message.pinned))
 
     async def _on(self, name: str, operation: Callable[[], AdapterInfo]) -> adapters_pb2.Adapter:
-        if not name:
-            raise InvalidRequest("name is empty: expected an adapter's name", details={"field": "name"})
         await self._lookup.ensure_known(name)
         info = await asyncio.get_running_loop().run_in_executor(self._executor, operation)
         return convert.from_adapter_info(info)
