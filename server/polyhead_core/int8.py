@@ -15,13 +15,20 @@ from torch.autograd.function import FunctionCtx
 from polyhead_core.kernels import dispatch
 from polyhead_core.kernels.reference import INT8_MAX
 
+_ROWS_AT_ONCE = 4096  # bounds the float32 copies made while a weight is quantised
 
-def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-wise absmax: (int8 [out, in], float32 absmax [out]), as bitsandbytes' int8_vectorwise_quant lays it out."""
-    weight_OI = weight_OI.float()
-    absmax_O = weight_OI.abs().amax(dim=1)
-    scale_O1 = torch.where(absmax_O > 0, INT8_MAX / absmax_O, 0.0).unsqueeze(1)
-    return (weight_OI * scale_O1).round().to(torch.int8), absmax_O
+
+def quantize_weight(weight_OI: Tensor, input_scale_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Row-wise absmax of W (times input_scale): (int8 [out, in], float32 absmax [out]), laid out as LLM.int8 does."""
+    quantized_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    absmax_O = torch.empty(weight_OI.shape[0], device=weight_OI.device)
+    for rows in torch.arange(weight_OI.shape[0]).split(_ROWS_AT_ONCE):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        scaled = weight_OI[part].float() if input_scale_I is None else weight_OI[part].float() * input_scale_I
+        absmax_O[part] = scaled.abs().amax(dim=1)
+        factor = torch.where(absmax_O[part] > 0, INT8_MAX / absmax_O[part], 0.0).unsqueeze(1)
+        quantized_OI[part] = (scaled * factor).round().to(torch.int8)
+    return quantized_OI, absmax_O
 
 
 class Int8Linear(nn.Linear):
@@ -59,8 +66,7 @@ class Int8Linear(nn.Linear):
     ) -> Int8Linear:
         """Quantises a float weight [out, in]."""
         layer = cls(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
-        scaled_OI = weight_OI.float() if input_scale_I is None else weight_OI.float() * input_scale_I
-        layer.set_int8(*quantize_weight(scaled_OI), bias_O, input_scale_I, outlier_columns_K)
+        layer.set_int8(*quantize_weight(weight_OI, input_scale_I), bias_O, input_scale_I, outlier_columns_K)
         return layer
 
     def set_int8(

@@ -38,7 +38,7 @@ class InputGroup:
 def calibrate_model(model: PreTrainedModel, directory: Path) -> None:
     """Runs the plain int8 `model` over the calibration text and requantises its layers from `directory`, in place."""
     groups = observe(model, calibration_tokens(directory, model))
-    reader = CheckpointReader(directory)
+    reader = CheckpointReader(directory, model)
     for group in groups:
         requantize(model, group, reader)
 
@@ -91,7 +91,7 @@ def requantize(model: PreTrainedModel, group: InputGroup, reader: CheckpointRead
     from polyhead_core.backbone.load import replace_module
 
     names = [weight_name(reader, model, path) for path in group.paths]
-    weight_absmax_I = torch.stack([reader.read(name).float().abs().amax(0) for name in names]).amax(0)
+    weight_absmax_I = torch.stack([reader.read(name).abs().amax(0).float() for name in names]).amax(0)
     scale_I, columns_K = smoothing(group.absmax_I, weight_absmax_I)
     for path, name in zip(group.paths, names, strict=True):
         bias = model.get_submodule(path).bias

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from polyhead_core.errors import BackboneError
 
@@ -15,9 +18,32 @@ from polyhead_core.errors import BackboneError
 class CheckpointReader:
     """The tensors of a Hugging Face directory, sharded or not."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: PreTrainedModel | None = None) -> None:
+        """With `model`, tensors go by the model's names where the checkpoint has older ones (transformers' own renamings)."""
         self.directory = directory
+        self._stored_as: dict[str, str] = {}
         self._files = _tensor_files(directory)
+        if model is not None:
+            self._rename(model)
+
+    def _rename(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        expected = model.state_dict()
+        renamed: dict[str, Path] = {}
+        for stored, file in self._files.items():
+            name = stored
+            if stored not in expected:
+                name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+                if converter is not None:
+                    raise BackboneError(
+                        f"{self.directory}: {stored} is laid out differently in {type(model).__name__}; checkpoints that "
+                        "need tensors to be joined or split are not read yet"
+                    )
+            renamed[name] = file
+            self._stored_as[name] = stored
+        self._files = renamed
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -31,7 +57,7 @@ class CheckpointReader:
         one mapping for all reads would count every page ever touched as memory of this process."""
         try:
             with safe_open(self._files[name], framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(self._stored_as.get(name, name))
         except (OSError, SafetensorError) as error:
             raise BackboneError(f"cannot read {name} from {self._files[name]}: {error}") from error
 
@@ -48,10 +74,12 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             return {name: directory / file for name, file in weight_map.items()}
         if single.is_file():
             with safe_open(single, framework="pt") as file:
-                return {name: single for name in file.keys()}  # noqa: SIM118: not a dict
+                return dict.fromkeys(file.keys(), single)  # noqa: SIM118: not a dict
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(f"cannot read the checkpoint in {directory}: {error}") from error
-    raise BackboneError(f"{directory} has no model.safetensors and no model.safetensors.index.json; pickles are not read")
+    raise BackboneError(
+        f"{directory} has no model.safetensors and no model.safetensors.index.json; pickles are not read"
+    )
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:

@@ -53,7 +53,8 @@ def weight_name(reader: CheckpointReader, model: PreTrainedModel, path: str) -> 
     name = f"{path}.weight"
     if name in reader:
         return name
-    if model.get_submodule(path) is model.get_output_embeddings():
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if tied and model.get_submodule(path) is model.get_output_embeddings():
         embedding = next(p for p, module in model.named_modules() if module is model.get_input_embeddings())
         if f"{embedding}.weight" in reader:
             return f"{embedding}.weight"
@@ -64,14 +65,16 @@ def quantize_directory(directory: Path) -> PreTrainedModel:
     """A plain W8A8 model: every linear layer, the head included, by row-wise absmax; all else as in the checkpoint."""
     from polyhead_core.backbone.load import empty_model, replace_module
 
-    reader = CheckpointReader(directory)
     model = empty_model(directory)
+    reader = CheckpointReader(directory, model)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             bias = reader.read(f"{path}.bias") if module.bias is not None else None
             weight = reader.read(weight_name(reader, model, path))
             if weight.shape != module.weight.shape:
-                raise BackboneError(f"{path}.weight has shape {tuple(weight.shape)}, expected {tuple(module.weight.shape)}")
+                raise BackboneError(
+                    f"{path}.weight has shape {tuple(weight.shape)}, expected {tuple(module.weight.shape)}"
+                )
             replace_module(model, path, Int8Linear.from_weight(weight, bias))
     for path, module in list(model.named_modules()):
         if type(module) is nn.Embedding:

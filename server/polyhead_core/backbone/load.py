@@ -118,8 +118,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, *, qua
 
     Raises BackboneError for tensors that are missing, superfluous or of another shape.
     """
-    reader = CheckpointReader(directory)
     model = empty_model(directory)
+    reader = CheckpointReader(directory, model)
     used: set[str] = set()
     for path, module in list(model.named_modules()):
         if quantized and type(module) is nn.Linear and f"{path}.SCB" in reader:

@@ -32,7 +32,9 @@ def resolve_source(source: str, cache_dir: Path | None = None) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BackboneError(f"backbone {source!r} is a folder without config.json: expected a Hugging Face directory")
+            raise BackboneError(
+                f"backbone {source!r} is a folder without config.json: expected a Hugging Face directory"
+            )
         return path
     if path.is_file():
         if path.suffix != ".gguf":
@@ -108,4 +110,6 @@ def _from_hub(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own and its HTTP library's errors, without a common base
-        raise BackboneError(f"cannot fetch backbone {source!r} from the hub: {type(error).__name__}: {error}") from error
+        raise BackboneError(
+            f"cannot fetch backbone {source!r} from the hub: {type(error).__name__}: {error}"
+        ) from error

@@ -34,9 +34,7 @@ def int8_linear(
     """See reference.int8_linear; x may be of any float type, the result is float32 [T, O]."""
     kernels = _cpu(x_TI)
     function = reference.int8_linear if kernels is None else kernels.int8_linear
-    result: Tensor = function(
-        x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O
-    )
+    result: Tensor = function(x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O)
     return result
 
 
@@ -52,7 +50,9 @@ def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, s
     return out.to(y_TO.dtype)
 
 
-def embedding_add(y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, vocab: int) -> Tensor:
+def embedding_add(
+    y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, vocab: int
+) -> Tensor:
     """y with the adapters' embedding rows added; float32 y is changed in place. See reference.embedding_add."""
     out = y_TO.float().contiguous()
     kernels = _cpu(out)
@@ -89,9 +89,7 @@ def paged_attention(
     return result.to(q_THD.dtype)
 
 
-def write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor
-) -> None:
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
     """See reference.write_kv: an indexed copy, the same on every device."""
     reference.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
 

@@ -75,7 +75,9 @@ def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, s
         _add_bias(y_TO[t], tables, site, slot)
 
 
-def embedding_add(y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, vocab: int) -> None:
+def embedding_add(
+    y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, vocab: int
+) -> None:
     """y[t] += sum over the pages p of slot[t] at the embedding site of B_p^T A_p[token[t]]."""
     out_features = y_TO.shape[1]
     for t, slot in enumerate(slots_T.tolist()):
@@ -131,9 +133,7 @@ def paged_attention(
     return out_THD
 
 
-def write_kv(
-    k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor
-) -> None:
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
     """Stores each token's key and value at its slot: block slot // block_size, offset slot % block_size."""
     block_size = k_pages_NGBD.shape[2]
     blocks_T, offsets_T = slot_mapping_T // block_size, slot_mapping_T % block_size

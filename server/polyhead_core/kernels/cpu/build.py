@@ -22,7 +22,15 @@ logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # -fopenmp for the compiler only: the symbols resolve to the OpenMP runtime that torch has loaded. Linking another one
 # would put two thread pools on the same cores.
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++20"]
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-std=c++20",
+]
 
 
 @cache

@@ -1,0 +1,155 @@
+"""The C++ kernels against the reference that defines them, on random shapes; and rows that never depend on their batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from polyhead_core.int8 import Int8Linear
+from polyhead_core.kernels import dispatch, reference
+from polyhead_core.kernels.cpu import build
+from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
+
+pytestmark = pytest.mark.skipif(build.load() is None, reason="no C++ compiler: only the reference runs")
+
+
+def random_layer(generator: torch.Generator, width: int, out: int) -> Int8Linear:
+    weight = torch.randn(out, width, generator=generator)
+    bias = torch.randn(out, generator=generator) if out % 2 else None
+    scale = torch.rand(width, generator=generator) + 0.5 if width % 2 else None
+    columns = torch.randperm(width, generator=generator)[: width // 8].sort().values if width >= 64 else None
+    return Int8Linear.from_weight(weight, bias, scale, columns)
+
+
+def int8_arguments(layer: Int8Linear) -> tuple[torch.Tensor | None, ...]:
+    return layer.weight, layer.SCB, layer.input_scale, layer.outlier_columns, layer.outlier_weight, layer.bias
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_int8_linear_equals_the_reference_bit_for_bit(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, width, out = (int(torch.randint(1, limit, (1,), generator=generator)) for limit in (70, 300, 300))
+    layer = random_layer(generator, width, out)
+    x = torch.randn(rows, width, generator=generator) * 10 ** torch.randn(1, width, generator=generator)
+    assert torch.equal(
+        dispatch.int8_linear(x, *int8_arguments(layer)), reference.int8_linear(x, *int8_arguments(layer))
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_int8_rows_are_the_same_bits_alone_and_in_any_batch(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer = random_layer(generator, 65 + seed, 33 + seed)
+    x = torch.randn(37, layer.in_features, generator=generator)
+    x[5] *= 1000  # a neighbour with outliers
+    together = layer(x)
+    for row in range(len(x)):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
+def test_int8_linear_stays_within_the_quantisation_bound() -> None:
+    """|y - (x / s) W'^T| per output is at most half a step of x times the sum of |W'| (weights taken as quantised)."""
+    generator = torch.Generator().manual_seed(1)
+    for width, out in ((64, 48), (257, 31), (576, 192)):
+        layer = random_layer(generator, width, out)
+        x = torch.randn(9, width, generator=generator)
+        smoothed = x if layer.input_scale is None else x / layer.input_scale
+        weight = layer.weight.double() * (layer.SCB.double() / 127)[:, None]
+        exact = smoothed.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
+        step = smoothed.abs().amax(1, keepdim=True).double() / 127
+        bound = step / 2 * weight.abs().sum(1) * 1.001 + 1e-4
+        assert ((layer(x).double() - exact).abs() <= bound).all()
+
+
+def test_rows_of_zeros_and_of_huge_numbers() -> None:
+    layer = random_layer(torch.Generator().manual_seed(2), 64, 32)
+    x = torch.stack([torch.zeros(64), torch.full((64,), 1e30), torch.full((64,), 1e-30)])
+    assert torch.equal(layer(x), reference.int8_linear(x, *int8_arguments(layer)))
+    assert torch.isfinite(layer(x)).all()
+
+
+def random_pages(seed: int, blocks: int = 24) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    heads, groups, width, block = [(4, 2, 16, 8), (9, 3, 64, 16), (3, 1, 20, 4)][seed % 3]
+    tables = torch.randperm(blocks, generator=generator).to(torch.int32).view(3, blocks // 3)
+    lengths = torch.randint(1, tables.shape[1] * block, (3,), generator=generator)
+    sequence = torch.randint(0, 3, (17,), generator=generator).to(torch.int32)
+    positions = (torch.rand(17, generator=generator) * lengths[sequence.long()]).long()
+    return {
+        "q": torch.randn(17, heads, width, generator=generator),
+        "k": torch.randn(blocks, groups, block, width, generator=generator),
+        "v": torch.randn(blocks, groups, block, width, generator=generator),
+        "tables": tables,
+        "sequence": sequence,
+        "positions": positions,
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_attention_equals_the_reference(seed: int, window: int, softcap: float, dtype: torch.dtype) -> None:
+    p = random_pages(seed)
+    rest = (p["k"].to(dtype), p["v"].to(dtype), p["tables"])
+    fast = dispatch.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
+    slow = reference.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    for row in range(len(p["q"])):
+        one = slice(row, row + 1)
+        alone = dispatch.paged_attention(
+            p["q"][one], *rest, p["sequence"][one], p["positions"][one], 0.2, window, softcap
+        )
+        assert torch.equal(alone[0], fast[row])
+
+
+def random_tables(seed: int, width: int, out: int, dtype: torch.dtype, slots: int = 4) -> AdapterTables:
+    """Slot s has s pages at site 1 (of 2), laid out at random; odd slots have a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    a_units, b_units, bias_units = (-(-n // UNIT) for n in (RANKS_PER_PAGE * width, RANKS_PER_PAGE * out, out))
+    extents = [(s, p, part) for s in range(slots) for p in range(s) for part in (0, 1)]
+    order = torch.randperm(len(extents), generator=generator).tolist()
+    num_pages = torch.zeros(slots, 2, dtype=torch.int32)
+    pages = torch.zeros(slots, 2, slots, 2, dtype=torch.int32)
+    bias = torch.full((slots, 2), -1, dtype=torch.int32)
+    unit = 0
+    for index in order:
+        slot, page, part = extents[index]
+        pages[slot, 1, page, part] = unit
+        unit += (a_units, b_units)[part]
+    for slot in range(slots):
+        num_pages[slot, 1] = slot
+        if slot % 2:
+            bias[slot, 1] = unit
+            unit += bias_units
+    arena = (torch.randn(unit * UNIT, generator=generator) / width**0.5).to(dtype)
+    return AdapterTables(arena=arena, num_pages=num_pages, pages=pages, bias=bias)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_products_equal_the_reference(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width, out = (int(torch.randint(1, 200, (1,), generator=generator)) for _ in range(2))
+    tables = random_tables(seed, width, out, dtype)
+    x, y = torch.randn(23, width, generator=generator), torch.randn(23, out, generator=generator)
+    slots = torch.randint(-1, 4, (23,), generator=generator).to(torch.int32)
+    expected = y.clone()
+    reference.low_rank_add(expected, x, tables, 1, slots)
+    got = dispatch.low_rank_add(y.clone(), x, tables, 1, slots)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[slots == -1], y[slots == -1])
+    for row in range(len(x)):
+        one = slice(row, row + 1)
+        assert torch.equal(dispatch.low_rank_add(y[one].clone(), x[one], tables, 1, slots[one])[0], got[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_rows_equal_the_reference(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(7)
+    vocab, out = 50, 33
+    tables = random_tables(7, vocab, out, dtype)  # an embedding's A page has vocab * 8 elements, as a linear one's
+    tokens = torch.randint(0, vocab, (19,), generator=generator)
+    slots = torch.randint(-1, 4, (19,), generator=generator).to(torch.int32)
+    y = torch.randn(19, out, generator=generator)
+    expected = y.clone()
+    reference.embedding_add(expected, tokens, tables, 1, slots, vocab)
+    torch.testing.assert_close(dispatch.embedding_add(y.clone(), tokens, tables, 1, slots, vocab), expected)
