@@ -1,0 +1,198 @@
+"""The adapters folder: every sub-folder with an adapter_config.json is an adapter of that name. Polled, never trusted.
+
+What a name means changes only here. A folder whose content changed to something that cannot be served keeps its
+error; the version before it is not served under the name any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
+from polyhead_core.errors import AdapterRejected, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 2.0
+"""A file younger than this when it was read is hashed once more: a second write may have left equal time stamps."""
+
+Signature = tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What is known of an accepted adapter without its weights."""
+
+    content_hash: str
+    peft_type: str
+    max_rank: int
+    num_parameters: int
+    file_bytes: int
+    num_units: int
+    """Units of the arena that it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogEntry:
+    name: str
+    path: Path
+    signature: Signature
+    facts: AdapterFacts | None
+    """None: refused."""
+    error: AdapterRejected | None
+    recheck_at_s: float | None
+    """time.monotonic() from which on its content is to be compared once more."""
+
+
+class Catalog:
+    """Thread-safe. `entries` is replaced as a whole, so that readers need no lock and never wait for a disk."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        admit: Callable[[Path], AdapterFacts],
+        on_change: Callable[[str, CatalogEntry | None], None],
+        *,
+        max_file_bytes: int,
+    ) -> None:
+        self.folder = folder
+        self.entries: Mapping[str, CatalogEntry] = {}
+        self._admit = admit
+        self._on_change = on_change
+        self._max_file_bytes = max_file_bytes
+        self._scanning = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, interval_s: float) -> None:
+        """Scans once, then every `interval_s` in a thread of its own."""
+        self.refresh()
+        self._thread = threading.Thread(target=self._poll, args=(interval_s,), name="adapter-scan", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def refresh(self) -> None:
+        """Looks at the whole folder now. Blocks; at most one scan runs at a time."""
+        with self._scanning:
+            before = dict(self.entries)
+            found = dict(self._folders())
+            for name in before.keys() - found.keys():
+                self._replace(name, None)
+            for name, path in found.items():
+                entry = self._look(name, path, before.get(name))
+                if entry is not before.get(name):
+                    # One by one: a large adapter does not hold back the small ones.
+                    self._replace(name, entry)
+
+    def folders_of(self, content_hash: str) -> list[Path]:
+        """The folders that hold this very content, as far as the last scan knows."""
+        entries = self.entries.values()
+        return [e.path for e in entries if e.facts is not None and e.facts.content_hash == content_hash]
+
+    def check_integrity(self) -> None:
+        for name, entry in self.entries.items():
+            assert entry.name == name
+            assert (entry.facts is None) != (entry.error is None), "an adapter is either accepted or refused"
+
+    def _poll(self, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
+            try:
+                self.refresh()
+            except Exception:
+                logger.exception("the adapters folder could not be scanned; trying again in %s s", interval_s)
+
+    def _replace(self, name: str, entry: CatalogEntry | None) -> None:
+        entries = dict(self.entries)
+        entries.pop(name, None)
+        self.entries = entries if entry is None else {**entries, name: entry}
+        self._on_change(name, entry)
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        if self.folder is None:
+            return
+        try:
+            names = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
+            return
+        for name in names:
+            path = self.folder / name
+            if not name.startswith(".") and os.path.lexists(path / CONFIG_FILE):
+                try:
+                    check_adapter_name(name)
+                except InvalidRequest as error:
+                    logger.warning("a folder is left out: %s", error.message)
+                    continue
+                yield name, path
+
+    def _look(self, name: str, path: Path, known: CatalogEntry | None) -> CatalogEntry:
+        signature = _signature(path)
+        if known is not None and known.signature == signature and not self._has_changed_unseen(known):
+            due = known.recheck_at_s is not None and time.monotonic() >= known.recheck_at_s
+            return _settled(known) if due else known
+        # The signature is older than what is read next: a change in between shows as a new signature at the next scan.
+        facts, error = self._read(name, path)
+        return CatalogEntry(
+            name=name,
+            path=path,
+            signature=signature,
+            facts=facts,
+            error=error,
+            recheck_at_s=time.monotonic() + SETTLE_S if _is_young(signature) else None,
+        )
+
+    def _has_changed_unseen(self, known: CatalogEntry) -> bool:
+        if known.recheck_at_s is None or time.monotonic() < known.recheck_at_s:
+            return False
+        if known.facts is None:
+            return True
+        try:
+            return content_hash(known.path, max_file_bytes=self._max_file_bytes) != known.facts.content_hash
+        except AdapterRejected:
+            return True
+
+    def _read(self, name: str, path: Path) -> tuple[AdapterFacts | None, AdapterRejected | None]:
+        try:
+            facts = self._admit(path)
+        except AdapterRejected as error:
+            logger.warning("refused: %s", error.message)
+            return None, error
+        except Exception:
+            # An edge: whatever a hostile folder brings out, the other adapters are still to be looked at.
+            logger.exception("adapter %r could not be read", name)
+            message = f"adapter {name!r} could not be read because of an internal error; the server's log has it"
+            return None, AdapterRejected(message, details={"adapter": name})
+        logger.info("adapter %r is %s, rank %d", name, facts.content_hash[:12], facts.max_rank)
+        return facts, None
+
+
+def _settled(entry: CatalogEntry) -> CatalogEntry:
+    return CatalogEntry(**{**vars(entry), "recheck_at_s": None})
+
+
+def _signature(path: Path) -> Signature:
+    return tuple(_stat(path / name) for name in ("", CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _stat(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if path.is_dir():  # of a folder only its identity: a README beside the two files is no change
+        return (status.st_dev, status.st_ino)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _is_young(signature: Signature) -> bool:
+    stamps = [stamp for stat in signature if stat is not None for stamp in stat[3:]]
+    return bool(stamps) and time.time() - max(stamps) / 1e9 < SETTLE_S

@@ -1,0 +1,93 @@
+"""The device memory of resident adapters: writes pages into the arena, and rows into the tables at step boundaries.
+
+Knows no names and no policy; which units are free and which slot is whose, others say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
+from polyhead_core.sites import SiteMap
+
+from polyhead_server.store.packing import PackedAdapter, TableRow, table_row
+
+
+class AdapterPool:
+    """Arena and tables. `write` may run beside a step, `set_row` and `clear_row` only between steps."""
+
+    def __init__(
+        self,
+        sites: SiteMap,
+        *,
+        num_units: int,
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.sites = sites
+        self.max_pages = -(-max_rank // RANKS_PER_PAGE)
+        shape = (num_slots, len(sites))
+        # Zeros, and not empty: memory that was never written must not hold a NaN that 0 * NaN would spread.
+        self.tables = AdapterTables(
+            arena=torch.zeros(num_units * UNIT, dtype=dtype, device=device),
+            num_pages=torch.zeros(shape, dtype=torch.int32, device=device),
+            pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
+            bias=torch.full(shape, -1, dtype=torch.int32, device=device),
+        )
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def unit_bytes(self) -> int:
+        return UNIT * self.tables.arena.element_size()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tables.arena.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tables.arena.device
+
+    def write(self, adapter: PackedAdapter, starts: Sequence[int]) -> TableRow:
+        """Copies the adapter's extents to these units, which no step may be reading; returns its row of the tables."""
+        if self._stream is None:
+            self._copy_on_host(adapter, starts)
+        else:
+            with torch.cuda.stream(self._stream):
+                self._scatter(adapter, starts)
+            self._stream.synchronize()
+        return table_row(adapter, starts, self.sites, self.max_pages)
+
+    def _copy_on_host(self, adapter: PackedAdapter, starts: Sequence[int]) -> None:
+        # Through numpy: plain memory copies, ten times as fast as torch's small copies, and no thread but this one.
+        arena = self.tables.arena.view(torch.uint8).numpy().reshape(-1, self.unit_bytes)
+        units, first = adapter.units.view(torch.uint8).numpy(), 0
+        for start, size in zip(starts, adapter.sizes, strict=True):
+            arena[start : start + size] = units[first : first + size]
+            first += size
+
+    def _scatter(self, adapter: PackedAdapter, starts: Sequence[int]) -> None:
+        sizes = torch.tensor(adapter.sizes)
+        offsets = torch.tensor(starts) - (sizes.cumsum(0) - sizes)
+        unit_ids = torch.repeat_interleave(offsets, sizes) + torch.arange(adapter.num_units)
+        units = adapter.units.to(self.device, non_blocking=True)
+        self.tables.arena.view(-1, UNIT).index_copy_(0, unit_ids.to(self.device), units)
+
+    def set_row(self, slot: int, row: TableRow) -> None:
+        self.tables.num_pages[slot] = row.num_pages
+        self.tables.pages[slot] = row.pages
+        self.tables.bias[slot] = row.bias
+
+    def clear_row(self, slot: int) -> None:
+        self.tables.num_pages[slot] = 0
+        self.tables.bias[slot] = -1
+
+    def rows_in_use(self) -> set[int]:
+        """Slots with anything in the tables."""
+        used = self.tables.num_pages.any(dim=1) | (self.tables.bias >= 0).any(dim=1)
+        return set(used.nonzero().flatten().tolist())
