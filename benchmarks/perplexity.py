@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-
 from polyhead_core.backbone import Backbone, download_pypi, load_backbone
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
+from torch.nn import functional
 
 _SDIST = ("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 
@@ -83,7 +82,10 @@ def main() -> None:
         row = {"case": name, "perplexity": value, "relative": value / base - 1, "bytes": backbone.num_bytes}
         rows.append(row)
         seconds = time.perf_counter() - started
-        print(f"{name:20s} {value:9.4f} {100 * row['relative']:+7.3f} %  {backbone.num_bytes:>12,} bytes  {seconds:.0f} s", flush=True)
+        print(
+            f"{name:20s} {value:9.4f} {100 * row['relative']:+7.3f} %  {backbone.num_bytes:>12,} bytes {seconds:.0f} s",
+            flush=True,
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"tokens": int(tokens.numel()), "window": arguments.window, "torch": torch.__version__, "rows": rows}
     arguments.out.write_text(json.dumps(facts, indent=2))

@@ -49,10 +49,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
 """By architecture; what an adapter may target there is TARGETS."""
 
 TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ("llama", "llama-untied", "qwen2", "qwen3", "mistral", "gemma"),
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    ),
+    **{
+        kind: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        for kind in ("llama", "llama-untied", "qwen2", "qwen3", "mistral", "gemma")
+    },
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
 }

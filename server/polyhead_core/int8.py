@@ -78,7 +78,8 @@ class Int8Linear(nn.Linear):
         outlier_columns_K: Tensor | None = None,
     ) -> None:
         """Takes over quantised tensors as they are, without a copy."""
-        assert weight_OI.dtype == torch.int8 and weight_OI.shape == (self.out_features, self.in_features)
+        assert weight_OI.dtype == torch.int8
+        assert weight_OI.shape == (self.out_features, self.in_features)
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.SCB = absmax_O.float()
         if bias_O is not None:
@@ -123,7 +124,7 @@ class Int8Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         # `.to(dtype)`, `.half()` and the like must not touch the scales: they are part of the int8 format.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in ("SCB", "input_scale"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""The places in a backbone where an adapter may act. Backbones list them, adapter types refer to them; no torch here."""
+"""The places in a backbone where an adapter may act. Backbones list them, adapter types refer to them; no torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class ServerConfig:
     quantization: str = "int8"
     """`int8`, or `none` to serve the weights in `dtype`."""
     dtype: str = "auto"
-    """Activations' (and with quantization = none the weights') type: `float32`, `bfloat16`; auto: float32 on the CPU."""
+    """Type of activations, and with quantization = none of weights: `float32`, `bfloat16`; auto: float32 on the CPU."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
     cache_dir: str = ""
@@ -60,7 +60,7 @@ class ServerConfig:
     max_adapter_file_bytes: int = 2 << 30
     """Adapter files larger than this are refused unread."""
     adapter_dtype: str = "auto"
-    """Adapter weights' type in the pool: `float32`, `bfloat16`; auto: float32 with quantization = none and float32, else bfloat16."""
+    """Type of adapter weights in the pool: `float32`, `bfloat16`; auto: float32 where the backbone's weights are."""
     adapter_scan_interval_s: float = 1.0
     """How often the adapters folder is looked at for changes."""
     max_adapter_wait_s: float = 2.0
@@ -88,7 +88,8 @@ class ServerConfig:
             check(name, value == "" or (bool(host) and port.isdigit() and int(port) < 65536), "HOST:PORT")
         for name in (
             "max_model_len", "max_batch_rows", "max_batch_tokens", "max_queued_requests", "max_n", "kv_block_size",
-            "kv_cache_bytes", "adapter_pool_bytes", "max_resident_adapters", "max_adapter_rank", "max_adapter_file_bytes",
+            "kv_cache_bytes", "adapter_pool_bytes", "max_resident_adapters", "max_adapter_rank",
+            "max_adapter_file_bytes",
         ):  # fmt: skip
             check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("max_logprobs", "host_cache_bytes", "metrics_max_adapter_labels", "num_threads"):

@@ -1,4 +1,4 @@
-"""What a request is once it has left the wire: plain data shared by service, scheduler, store and engine. No torch, no protobuf."""
+"""What a request is once it has left the wire: plain data, shared by all layers. No torch, no protobuf."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ class SamplingParams:
         check("presence_penalty", -100.0 <= self.presence_penalty <= 100.0, "-100 to 100; 0 is off")
         check("frequency_penalty", -100.0 <= self.frequency_penalty <= 100.0, "-100 to 100; 0 is off")
         check("seed", self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1")
-        check("stop", len(self.stop) <= 16 and all(0 < len(s) <= 1024 for s in self.stop), "at most 16 texts of 1 to 1024 characters")
+        check(
+            "stop",
+            len(self.stop) <= 16 and all(0 < len(s) <= 1024 for s in self.stop),
+            "at most 16 texts of 1 to 1024 characters",
+        )
         check("stop_token_ids", len(self.stop_token_ids) <= 64, "at most 64 token ids")
         check("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
         check("n", self.n >= 1, "1 or more")

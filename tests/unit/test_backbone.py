@@ -135,7 +135,7 @@ def test_broken_directories_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"without config\.json"):
         load_backbone(str(tmp_path / "empty"), cache_dir=cache)
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(BackboneError, match="not a .gguf"):
+    with pytest.raises(BackboneError, match=r"not a \.gguf"):
         load_backbone(str(tmp_path / "model.bin"), cache_dir=cache)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     with pytest.raises(BackboneError, match="as GGUF"):

@@ -1,4 +1,4 @@
-"""The C++ kernels against the reference that defines them, on random shapes; and rows that never depend on their batch."""
+"""The C++ kernels against the reference that defines them, on random shapes; rows never depend on their batch."""
 
 from __future__ import annotations
 

@@ -46,10 +46,10 @@ def calibrate_model(model: PreTrainedModel, directory: Path) -> None:
 def calibration_tokens(directory: Path, model: PreTrainedModel) -> Tensor:
     """[windows, WINDOW] token ids of the text that ships beside this module."""
     text = resources.files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt", verbose=False).input_ids[0]
+    ids: Tensor = AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt", verbose=False).input_ids[0]
     window = min(WINDOW, int(getattr(model.config, "max_position_embeddings", WINDOW)))
     count = max(1, min(NUM_TOKENS, len(ids)) // window)
-    return ids[: count * window].reshape(count, -1)
+    return ids[: count * window].reshape(count, window)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def observe(model: PreTrainedModel, tokens_NW: Tensor) -> list[InputGroup]:
         torch.maximum(absmax[path], largest, out=absmax[path])
 
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, path=path: watch(path, args[0]))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda _, args, path=path: watch(path, args[0]))
         for path, layer in layers.items()
     ]
     try:

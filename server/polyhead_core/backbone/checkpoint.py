@@ -19,7 +19,7 @@ class CheckpointReader:
     """The tensors of a Hugging Face directory, sharded or not."""
 
     def __init__(self, directory: Path, model: PreTrainedModel | None = None) -> None:
-        """With `model`, tensors go by the model's names where the checkpoint has older ones (transformers' own renamings)."""
+        """With `model`, tensors go by the model's names where the checkpoint has older ones."""
         self.directory = directory
         self._stored_as: dict[str, str] = {}
         self._files = _tensor_files(directory)
@@ -38,8 +38,8 @@ class CheckpointReader:
                 name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
                 if converter is not None:
                     raise BackboneError(
-                        f"{self.directory}: {stored} is laid out differently in {type(model).__name__}; checkpoints that "
-                        "need tensors to be joined or split are not read yet"
+                        f"{self.directory}: {stored} is laid out differently in {type(model).__name__}; checkpoints "
+                        "that need tensors to be joined or split are not read yet"
                     )
             renamed[name] = file
             self._stored_as[name] = stored
@@ -53,11 +53,15 @@ class CheckpointReader:
         return sorted(self._files)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor backed by its file's pages. The mapping goes when the tensor goes, which is why each read opens anew:
-        one mapping for all reads would count every page ever touched as memory of this process."""
+        """A tensor backed by its file's pages.
+
+        The mapping goes when the tensor goes, which is why each read opens anew: one mapping for all reads would count
+        every page ever touched as memory of this process.
+        """
         try:
             with safe_open(self._files[name], framework="pt") as file:
-                return file.get_tensor(self._stored_as.get(name, name))
+                tensor: torch.Tensor = file.get_tensor(self._stored_as.get(name, name))
+                return tensor
         except (OSError, SafetensorError) as error:
             raise BackboneError(f"cannot read {name} from {self._files[name]}: {error}") from error
 
@@ -98,7 +102,7 @@ def fingerprint(directory: Path, cache_dir: Path) -> str:
     for name in reader.names:
         tensor = reader.read(name).contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     remembered.parent.mkdir(parents=True, exist_ok=True)
     remembered.write_text(digest.hexdigest(), encoding="ascii")
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class CastEmbedding(nn.Embedding):
-    """y = E[token], converted to `output_dtype`: a bfloat16 table need not be held in float32 to feed float32 layers."""
+    """y = E[token], converted to `output_dtype`: a bfloat16 table need not be held in float32 for float32 layers."""
 
     def __init__(self, weight_VH: Tensor, output_dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__(weight_VH.shape[0], weight_VH.shape[1], padding_idx=padding_idx, device="meta")

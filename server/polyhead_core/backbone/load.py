@@ -39,7 +39,7 @@ def load_backbone(
 
     `source`: `default`, a Hugging Face directory (an int8 checkpoint that bitsandbytes saved included), a .gguf file or
     a hub id. `quantization`: `int8` (converted and calibrated once, then cached; `calibrate=False` gives plain W8A8) or
-    `none`. `dtype`: of activations; auto is float32 on the CPU and bfloat16 elsewhere. Raises BackboneError, ConfigError.
+    `none`. `dtype`: of activations; auto is float32 on the CPU, bfloat16 elsewhere. Raises BackboneError, ConfigError.
     """
     if quantization not in ("int8", "none"):
         raise ConfigError(f"quantization = {quantization!r}: expected int8 or none")
@@ -77,7 +77,7 @@ def is_int8_checkpoint(directory: Path) -> bool:
     if settings.get("load_in_8bit"):
         return True
     raise BackboneError(
-        f"{directory} is quantised with {settings.get('quant_method')!r}: expected an unquantised checkpoint or LLM.int8"
+        f"{directory} is quantised with {settings.get('quant_method')!r}: expected unquantised weights or LLM.int8"
     )
 
 
@@ -207,7 +207,7 @@ def _tie(model: PreTrainedModel, quantized: bool) -> None:
     """A tied head shares the embedding, unless int8 gave it weights of its own."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not quantized and head is not None and head.weight.is_meta:
-        head.weight = embedding.weight  # type: ignore[union-attr]
+        head.weight = embedding.weight
 
 
 def _check_complete(model: PreTrainedModel, reader: CheckpointReader, used: set[str], directory: Path) -> None:

@@ -42,7 +42,8 @@ class Backbone:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.num_embeddings)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -68,7 +69,7 @@ class Backbone:
         tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
         head = self.model.get_output_embeddings()
         head_parameters = {id(p) for p in head.parameters()} if tied and head is not None else set()
-        embedding = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
+        embedding = self.model.get_input_embeddings().weight
         return sum(p.numel() for p in self.model.parameters() if p is embedding or id(p) not in head_parameters)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Turns what a user names as the backbone into a Hugging Face directory: the default, a folder, a GGUF file, a hub id."""
+"""Turns what names a backbone (`default`, a folder, a GGUF file, a hub id) into a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def resolve_source(source: str, cache_dir: Path | None = None) -> Path:
     if _HUB_ID.match(source):
         return _from_hub(source)
     raise BackboneError(
-        f"backbone {source!r} is neither {DEFAULT_SOURCE!r}, an existing directory, a .gguf file nor a hub id 'owner/name'"
+        f"backbone {source!r} is neither {DEFAULT_SOURCE!r}, an existing directory, a .gguf file "
+        "nor a hub id 'owner/name'"
     )
 
 
@@ -81,7 +82,7 @@ def _convert_gguf_to(gguf: Path, target: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"cannot read {gguf} as GGUF: {error}") from error
     # transformers refuses to save what it thinks is still quantised; after a GGUF load the weights are plain float32.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     for attribute in ("is_quantized", "quantization_method"):
         model.__dict__.pop(attribute, None)
     if hasattr(model.config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""The definition of correct: every kernel as slow, obvious tensor code. Runs on any device, and wherever no faster path can.
+"""The definition of correct: every kernel as slow, obvious tensor code, which also runs where no faster path can.
 
 Shapes: T tokens (rows), I input width, O output width, H query heads, G key/value heads, D head width, S sequences.
 """
@@ -38,8 +38,8 @@ def int8_linear(
 ) -> Tensor:
     """y = (a q(x') W'^T + a1 q(x'_K) W'_K^T + a2 q(r) W'_K^T) * absmax / 127 + bias, in float32.
 
-    x' = x / input_scale (smoothing: SmoothQuant, Xiao et al. 2022); its outlier columns K, fixed at conversion, are zero
-    in the first product and carried by two more int8 products, x'_K = a1 q1 + r and r = a2 q2, which is 15 bits.
+    x' = x / input_scale (smoothing: SmoothQuant, Xiao et al. 2022); its outlier columns K, fixed at conversion, are
+    zero in the first product and carried by two more int8 products, x'_K = a1 q1 + r and r = a2 q2, which is 15 bits.
     All products are integers, so each row is bit for bit the same whatever shares its batch.
     """
     x_TI = x_TI.float()
@@ -62,7 +62,7 @@ def int8_linear(
 
 
 def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> None:
-    """y[t] += sum over the pages p of slot[t] at `site` of B_p^T (A_p x[t]), plus the slot's bias there; -1: no adapter."""
+    """y[t] += sum over the pages p of slot[t] at `site` of B_p^T (A_p x[t]), plus its bias there; slot -1: none."""
     in_features, out_features = x_TI.shape[1], y_TO.shape[1]
     for t, slot in enumerate(slots_T.tolist()):
         if slot < 0:

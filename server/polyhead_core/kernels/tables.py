@@ -1,4 +1,4 @@
-"""Where the weights of the resident adapters lie: the arena and its page tables, as every low-rank kernel reads them."""
+"""Where the weights of the resident adapters lie: the arena and its page tables, as the kernels read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNIT = 64
 class AdapterTables:
     """Written by the adapter pool at step boundaries, read by the kernels.
 
-    At a linear site page p of a slot adds to a row x of that slot: y += B_p^T (A_p x), with A_p [8, in] and B_p [8, out]
+    At a linear site page p of a slot adds to a row x of that slot: y += B_p^T (A_p x), with A_p [8, in], B_p [8, out]
     (the adapter's scale is already in B_p). At an embedding site A_p is [vocab, 8]: y += B_p^T A_p[token].
     """
 

@@ -24,8 +24,8 @@ class BatchRow:
     block_ids: SequenceOf[int]
     slot: int
     """Adapter slot; -1: none."""
-    all_logits: bool = False
-    """Logits of every position (scoring), else of the last one."""
+    num_logits: int = 1
+    """Logits are wanted at this many of the last positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,13 @@ def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool, d
     slots: list[int] = []
     logit_rows: list[int] = []
     for index, row in enumerate(rows):
-        first = len(tokens)
         tokens.extend(row.token_ids)
         span = range(row.start, row.start + len(row.token_ids))
         positions.extend(span)
         sequence.extend([index] * len(span))
         slots.extend([row.slot] * len(span))
         slot_mapping.extend(row.block_ids[at // block_size] * block_size + at % block_size for at in span)
-        logit_rows.extend(range(first if row.all_logits else len(tokens) - 1, len(tokens)))
+        logit_rows.extend(range(len(tokens) - row.num_logits, len(tokens)))
     width = max(len(row.block_ids) for row in rows)
     block_tables = [[*row.block_ids, *[0] * (width - len(row.block_ids))] for row in rows]
 

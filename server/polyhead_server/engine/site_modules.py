@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from polyhead_core.kernels import dispatch
 from polyhead_core.sites import Site, SiteKind, SiteMap
 from torch import Tensor, nn
@@ -52,11 +54,15 @@ class EmbeddingSite:
         ).view_as(y)
 
 
-_SITE_FORWARD = {SiteKind.LINEAR: LinearSite, SiteKind.EMBED: EmbeddingSite}
+SiteForward = Callable[[Tensor], Tensor]
+_SITE_FORWARD: dict[SiteKind, Callable[[nn.Module, Site, CurrentStep], SiteForward]] = {
+    SiteKind.LINEAR: LinearSite,
+    SiteKind.EMBED: EmbeddingSite,
+}
 
 
 def attach(model: nn.Module, sites: SiteMap, step: CurrentStep) -> None:
     """Gives every site's module the adapter-aware forward. The instances change, no class does."""
     for site in sites:
         module = model.get_submodule(site.path)
-        module.forward = _SITE_FORWARD[site.kind](module, site, step)  # type: ignore[method-assign]
+        module.forward = _SITE_FORWARD[site.kind](module, site, step)

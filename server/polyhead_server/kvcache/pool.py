@@ -1,4 +1,4 @@
-"""The memory of the paged KV cache: one pair of page tensors a layer. Which block is whose, only block_manager knows."""
+"""The memory of the paged KV cache: one pair of page tensors a layer. Whose block is whose, block_manager knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds and loads the C++ kernels on first use; the result is cached by source, torch version and processor features."""
+"""Builds and loads the C++ kernels on first use; the result is cached by source, torch and processor features."""
 
 from __future__ import annotations
 
