@@ -1,0 +1,55 @@
+"""The frozen model to train on: the server's own, or bitsandbytes' LLM.int8 made from the same files."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from polyhead_core.backbone import Backbone, load_backbone
+from polyhead_core.backbone.checkpoint import fingerprint
+from polyhead_core.backbone.source import resolve_source
+from polyhead_core.paths import default_cache_dir
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from polyhead_trainer.config import BackboneSection
+
+HUB_NAMES = {"default": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What peft's `base_model_name_or_path` says for backbones that are not named by themselves."""
+
+
+def load(settings: BackboneSection) -> Backbone:
+    """Raises BackboneError, ConfigError."""
+    if settings.quantization == "llm.int8":
+        return _load_llm_int8(settings)
+    return load_backbone(
+        settings.source,
+        quantization=settings.quantization,
+        dtype=settings.dtype,
+        device=settings.device,
+        cache_dir=settings.cache_dir,
+    )
+
+
+def _load_llm_int8(settings: BackboneSection) -> Backbone:
+    # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    cache = settings.cache_dir or default_cache_dir()
+    directory = resolve_source(settings.source, cache)
+    plain = load_backbone(settings.source, quantization="none", dtype=settings.dtype, device="meta", cache_dir=cache)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=plain.dtype,
+        device_map={"": settings.device},
+    )
+    model.requires_grad_(False)
+    return Backbone(
+        model=model.eval(),
+        tokenizer=plain.tokenizer,
+        source=settings.source,
+        directory=directory,
+        fingerprint=fingerprint(directory, cache),
+        quantization="llm.int8",
+        dtype=plain.dtype,
+        device=torch.device(settings.device),
+    )

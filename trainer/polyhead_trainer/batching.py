@@ -1,0 +1,87 @@
+"""Which examples form a step, and their padded tensors. The order is a function of (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyhead_trainer.data import EncodedExample
+
+WINDOW_BATCHES = 8
+"""Batches are cut from windows of this many, sorted by length: little padding, and still another mix in every epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B examples padded on the right to T tokens."""
+
+    token_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    """1 at tokens, 0 at padding."""
+    predicts_BT: Tensor
+    """True where the next token is learned."""
+    targets_N: Tensor
+    """Those next tokens, row by row."""
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.targets_N)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.attention_mask_BT.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """All examples once, as batches of neighbours in length in random order. Only one batch may be smaller."""
+    draw = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    window = batch_size * WINDOW_BATCHES
+    batches = []
+    for start in range(0, len(order), window):
+        nearby = sorted(order[start : start + window], key=lambda index: lengths[index])
+        batches += [nearby[at : at + batch_size] for at in range(0, len(nearby), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def steps(
+    examples: Sequence[EncodedExample], *, batch_size: int, seed: int, num_steps: int
+) -> Iterator[list[EncodedExample]]:
+    """The examples of each of `num_steps` optimizer steps, over as many epochs as that takes."""
+    lengths = [len(example) for example in examples]
+    taken, epoch = 0, 0
+    while taken < num_steps:
+        for batch in epoch_order(lengths, batch_size, seed, epoch)[: num_steps - taken]:
+            yield [examples[index] for index in batch]
+            taken += 1
+        epoch += 1
+
+
+def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
+    width = max(len(example) for example in examples)
+    token_ids_BT = torch.full((len(examples), width), pad_id)
+    attention_mask_BT = torch.zeros(len(examples), width, dtype=torch.long)
+    predicts_BT = torch.zeros(len(examples), width, dtype=torch.bool)
+    targets: list[int] = []
+    for row, example in enumerate(examples):
+        length = len(example)
+        token_ids_BT[row, :length] = torch.tensor(example.token_ids)
+        attention_mask_BT[row, :length] = 1
+        # The logits at position t predict token t + 1; nothing predicts the first token.
+        predicts_BT[row, : length - 1] = torch.tensor(example.is_label[1:], dtype=torch.bool)
+        targets += [token for token, label in zip(example.token_ids[1:], example.is_label[1:], strict=True) if label]
+    return Batch(
+        token_ids_BT=token_ids_BT,
+        attention_mask_BT=attention_mask_BT,
+        predicts_BT=predicts_BT,
+        targets_N=torch.tensor(targets),
+    )

@@ -1,0 +1,29 @@
+"""The trainer's own branch of the error tree; the root is in polyhead_core.errors.
+
+PolyheadError
+├── ConfigError        polyhead_core: a setting that cannot be used
+├── DataError          a training or evaluation file that cannot be used: names file, line and field
+├── OutputExists       a finished run is there and `--overwrite` was not given
+├── TrainingDiverged   the loss is not a number any more
+└── MissingExtra       a package of the `trainer` extra is not installed
+"""
+
+from __future__ import annotations
+
+from polyhead_core.errors import PolyheadError
+
+
+class DataError(PolyheadError):
+    reason = "DATA"
+
+
+class OutputExists(PolyheadError):
+    reason = "OUTPUT_EXISTS"
+
+
+class TrainingDiverged(PolyheadError):
+    reason = "TRAINING_DIVERGED"
+
+
+class MissingExtra(PolyheadError):
+    reason = "MISSING_EXTRA"

@@ -1,0 +1,166 @@
+"""What a model knows, measured the same way before and after training: loss, answers, choices, general text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from polyhead_core.errors import ConfigError
+from transformers import PreTrainedTokenizerBase
+
+from polyhead_trainer import scores
+from polyhead_trainer.batching import collate
+from polyhead_trainer.config import EvaluateSection
+from polyhead_trainer.data import EncodedExample
+from polyhead_trainer.errors import DataError
+from polyhead_trainer.loss import first_label_rows, label_logits
+
+BATCH_SIZE = 32
+WINDOW_TOKENS = 512
+"""General text is read in windows of this many tokens, each without what came before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    held_out_loss: float
+    """Mean negative log-probability of the held-out label tokens, in nats."""
+    exact_match: float | None
+    """Share of the generated answers that equal the reference."""
+    chrf: float | None
+    """chrF2 of the generated answers, 0 to 100."""
+    choice_accuracy: float | None
+    """Share of the held-out examples whose right choice is the most likely one."""
+    general_perplexity: float | None
+    """Perplexity of the general text."""
+    answers: list[str]
+    """To the first held-out examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """The held-out examples and settings of one run, prepared once for several models."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    held_out: list[EncodedExample]
+    answered: list[EncodedExample]
+    choice_ids: list[int]
+    """First token of each possible completion; empty: not a classification."""
+    general_ids: list[int]
+    max_new_tokens: int
+
+    @torch.inference_mode()
+    def measure(self, model: torch.nn.Module) -> Measures:
+        model.eval()
+        loss, accuracy = self._held_out(model)
+        answers = self.generate(model, self.answered)
+        references = [item.example.reference for item in self.answered]
+        return Measures(
+            held_out_loss=loss,
+            exact_match=scores.exact_match(answers, references) if answers else None,
+            chrf=scores.chrf(answers, references) if answers else None,
+            choice_accuracy=accuracy,
+            general_perplexity=self._general_perplexity(model) if self.general_ids else None,
+            answers=answers,
+        )
+
+    def _held_out(self, model: torch.nn.Module) -> tuple[float, float | None]:
+        total, num_labels, num_right = 0.0, 0, 0
+        for chunk in _by_length(self.held_out):
+            batch = collate(chunk, self.pad_id).to(_device(model))
+            logits_NV = label_logits(model, batch)
+            total += F.cross_entropy(logits_NV, batch.targets_N, reduction="sum").item()
+            num_labels += batch.num_labels
+            if self.choice_ids:
+                first_B = first_label_rows(batch)
+                choices = torch.tensor(self.choice_ids, device=first_B.device)
+                likeliest_B = choices[logits_NV[first_B][:, choices].argmax(dim=1)]
+                num_right += int((likeliest_B == batch.targets_N[first_B]).sum())
+        return total / num_labels, num_right / len(self.held_out) if self.choice_ids else None
+
+    def generate(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[str]:
+        """Greedy answers, in the order of `examples`."""
+        texts: dict[int, str] = {}
+        for chunk in _by_length(examples):
+            width = max(item.prompt_length for item in chunk)
+            prompts = [item.token_ids[: item.prompt_length] for item in chunk]
+            ids_BT = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in prompts])
+            mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+            generated_BT = cast(Any, model).generate(
+                input_ids=ids_BT.to(_device(model)),
+                attention_mask=mask_BT.to(_device(model)),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+            for item, row in zip(chunk, generated_BT.tolist(), strict=True):
+                texts[id(item)] = cast(str, self.tokenizer.decode(row[width:], skip_special_tokens=True))
+        return [texts[id(item)] for item in examples]
+
+    def _general_perplexity(self, model: torch.nn.Module) -> float:
+        total, num_predicted = 0.0, 0
+        for start in range(0, len(self.general_ids), WINDOW_TOKENS):
+            ids_1T = torch.tensor([self.general_ids[start : start + WINDOW_TOKENS]], device=_device(model))
+            if ids_1T.shape[1] < 2:
+                continue
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+            total += F.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum").item()
+            num_predicted += len(logits_TV)
+        return math.exp(total / num_predicted)
+
+
+def prepare(
+    settings: EvaluateSection, held_out: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, pad_id: int
+) -> Evaluator:
+    """Raises ConfigError, DataError."""
+    return Evaluator(
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        held_out=list(held_out[: settings.max_examples or None]),
+        answered=list(held_out[: settings.generate_examples]),
+        choice_ids=_choice_ids(settings.choices, held_out, tokenizer),
+        general_ids=_general_ids(settings.general_text, settings.general_tokens, tokenizer),
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+
+def _choice_ids(
+    choices: Sequence[str], held_out: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
+    if len(set(first)) < len(first):
+        raise ConfigError(f"evaluate.choices = {list(choices)}: two of them start with the same token")
+    for item in held_out if choices else ():
+        if item.example.reference not in choices:
+            answer = item.example.reference
+            raise DataError(f"{item.example.origin}: completion {answer!r} is not in evaluate.choices {list(choices)}")
+    return first
+
+
+def _general_ids(file: Path | None, num_tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if file is None:
+        return []
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read evaluate.general_text {file}: {error}") from error
+    # Ten characters a token is more than any text needs: a large file is not tokenised in full.
+    ids = tokenizer(text[: num_tokens * 10], verbose=False)["input_ids"][:num_tokens]
+    if len(ids) < 2:
+        raise DataError(f"evaluate.general_text {file}: too short to measure")
+    return cast(list[int], ids)
+
+
+def _by_length(examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
+    ordered = sorted(examples, key=len)
+    return [ordered[at : at + BATCH_SIZE] for at in range(0, len(ordered), BATCH_SIZE)]
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,60 @@
+"""Shows a running training: a live bar in a terminal, plain lines now and then elsewhere. Computes nothing."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from polyhead_trainer.loop import StepReport
+
+LINE_INTERVAL_S = 10.0
+SMOOTHING = 0.9
+
+
+class TrainingProgress:
+    """Use as a context manager, and as the loop's `on_step`."""
+
+    def __init__(self, console: Console) -> None:
+        self.history: list[StepReport] = []
+        self._console = console
+        self._smoothed_loss = 0.0
+        self._started = self._last_line = time.monotonic()
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> TrainingProgress:
+        if self._console.is_terminal:
+            self._bar.start()
+        self._started = self._last_line = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    @property
+    def tokens_per_s(self) -> float:
+        seconds = sum(report.seconds for report in self.history)
+        return sum(report.num_tokens for report in self.history) / seconds if seconds else 0.0
+
+    def __call__(self, report: StepReport) -> None:
+        first = not self.history
+        self.history.append(report)
+        self._smoothed_loss = report.loss if first else SMOOTHING * self._smoothed_loss + (1 - SMOOTHING) * report.loss
+        text = f"loss {self._smoothed_loss:.4f}  {self.tokens_per_s:.0f} tokens/s"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=report.step, total=report.num_steps, description=text)
+            return
+        now = time.monotonic()
+        if first or report.step == report.num_steps or now - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = now
+            remaining = (now - self._started) / report.step * (report.num_steps - report.step)
+            self._console.print(
+                f"step {report.step}/{report.num_steps}  {text}  {remaining:.0f} s left", highlight=False
+            )

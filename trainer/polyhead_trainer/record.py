@@ -1,0 +1,144 @@
+"""Everything worth keeping of one run, and its form as polyhead_metrics.json. Computes nothing, prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from polyhead_core.backbone import Backbone
+
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.data import EncodedData, hash_files
+from polyhead_trainer.evaluate import Measures
+from polyhead_trainer.loop import StepReport
+
+METRICS_FILE = "polyhead_metrics.json"
+SCHEMA = 1
+"""Raise when a field of the metrics file changes its meaning."""
+PACKAGES = ("polyhead", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFacts:
+    source: str
+    fingerprint: str
+    quantization: str
+    dtype: str
+    num_parameters: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> BackboneFacts:
+        return cls(
+            source=backbone.source,
+            fingerprint=backbone.fingerprint,
+            quantization=backbone.quantization,
+            dtype=backbone.dtype_name,
+            num_parameters=backbone.num_parameters,
+            num_bytes=backbone.num_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    sha256: str
+    """Over the contents of all training and held-out files."""
+    num_train: int
+    num_held_out: int
+    num_too_long: int
+    """Examples left out, of both."""
+    num_train_tokens: int
+
+    @classmethod
+    def of(cls, config: RunConfig, train: EncodedData, held_out: EncodedData) -> DataFacts:
+        return cls(
+            sha256=hash_files([*config.data.train, *config.data.held_out]),
+            num_train=len(train.examples),
+            num_held_out=len(held_out.examples),
+            num_too_long=train.num_too_long + held_out.num_too_long,
+            num_train_tokens=train.num_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableFacts:
+    num_trainable: int
+    trainable_bytes: int
+    num_total: int
+    """Backbone and adapter together."""
+
+    @property
+    def percentage(self) -> float:
+        return 100 * self.num_trainable / self.num_total
+
+    @classmethod
+    def of(cls, model: PeftModel, backbone_parameters: int) -> TrainableFacts:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        num_trainable = sum(parameter.numel() for parameter in trainable)
+        return cls(
+            num_trainable=num_trainable,
+            trainable_bytes=sum(parameter.nbytes for parameter in trainable),
+            num_total=backbone_parameters + num_trainable,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    config: RunConfig
+    backbone: BackboneFacts
+    data: DataFacts
+    trainable: TrainableFacts
+    before: Measures
+    after: Measures
+    curve: list[StepReport]
+    questions: list[str]
+    """What `before.answers` and `after.answers` answer."""
+    references: list[str]
+    train_seconds: float
+    total_seconds: float
+    peak_memory_bytes: int
+    """Of the process (with a GPU: of its memory), evaluation included."""
+
+    def to_json(self) -> str:
+        record: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        record["config"] = self.config.model_dump(mode="json")
+        for name in ("backbone", "data", "trainable", "before", "after"):
+            record[name] = dataclasses.asdict(record[name])
+        record["curve"] = [dataclasses.asdict(report) for report in self.curve]
+        record = {"schema": SCHEMA, "versions": package_versions(), **record}
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run, None where there is none."""
+    try:
+        record = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None

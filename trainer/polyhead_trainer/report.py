@@ -1,0 +1,91 @@
+"""The run's report on the console: what is trained, and before and after side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.evaluate import Measures
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
+
+
+@dataclass(frozen=True)
+class _Row:
+    title: str
+    value: Callable[[Measures], float | None]
+    form: str
+
+
+_ROWS = (
+    _Row("held-out loss (nats/token)", lambda m: m.held_out_loss, ".3f"),
+    _Row("choice accuracy", lambda m: m.choice_accuracy, ".1%"),
+    _Row("exact match of answers", lambda m: m.exact_match, ".1%"),
+    _Row("chrF of answers", lambda m: m.chrf, ".1f"),
+    _Row("general text, perplexity", lambda m: m.general_perplexity, ".2f"),
+)
+
+
+def comparison(before: Measures, after: Measures) -> list[tuple[str, str, str]]:
+    """(measure, before, after) of everything that was measured."""
+    rows = []
+    for row in _ROWS:
+        old, new = row.value(before), row.value(after)
+        if old is not None and new is not None:
+            rows.append((row.title, format(old, row.form), format(new, row.form)))
+    return rows
+
+
+def print_plan(
+    console: Console,
+    config: RunConfig,
+    backbone: BackboneFacts,
+    data: DataFacts,
+    trainable: TrainableFacts,
+    num_steps: int,
+) -> None:
+    lines = [
+        f"backbone   {backbone.source}, {backbone.quantization}, {backbone.dtype}: "
+        f"{backbone.num_parameters:,} parameters in {backbone.num_bytes:,} bytes",
+        f"adapter    {config.adapter.method}, rank {config.adapter.rank}: {trainable.num_trainable:,} trainable of "
+        f"{trainable.num_total:,} parameters ({trainable.percentage:.3f} %), {trainable.trainable_bytes:,} bytes",
+        f"data       {data.num_train:,} examples to learn ({data.num_train_tokens:,} tokens), "
+        f"{data.num_held_out:,} held out"
+        + (f", {data.num_too_long:,} left out as too long" if data.num_too_long else ""),
+        f"training   {num_steps} steps of {config.training.batch_size} examples, learning rate "
+        f"{config.training.learning_rate:g}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_outcome(console: Console, record: RunRecord) -> None:
+    table = Table(
+        "measure", "backbone", "tuned", title=f"{record.config.title or record.config.output.name}: before, after"
+    )
+    for row in comparison(record.before, record.after):
+        table.add_row(*row)
+    console.print(table)
+    show = record.config.evaluate.show
+    if show and record.questions:
+        console.print(_answers(record, show))
+    tokens = sum(report.num_tokens for report in record.curve)
+    console.print(
+        f"trained {len(record.curve)} steps, {tokens:,} tokens in {record.train_seconds:.0f} s "
+        f"({tokens / record.train_seconds:.0f} tokens/s); {record.total_seconds:.0f} s in all; "
+        f"peak memory {record.peak_memory_bytes:,} bytes",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _answers(record: RunRecord, show: int) -> Table:
+    table = Table("held-out question", "reference", "backbone", "tuned", title="answers", show_lines=True)
+    rows = zip(record.questions, record.references, record.before.answers, record.after.answers, strict=True)
+    for row in list(rows)[:show]:
+        # Answers are other people's text: without escaping, brackets in them would be read as markup.
+        table.add_row(*(text.strip().replace("[", "\\[") for text in row))
+    return table

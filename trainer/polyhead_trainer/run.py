@@ -1,0 +1,75 @@
+"""One run from its configuration to the published adapter: load, measure, train, measure again, publish."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from polyhead_trainer import backbones, evaluate, methods, report
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.data import check_disjoint, load_examples
+from polyhead_trainer.loop import count_steps, train
+from polyhead_trainer.progress import TrainingProgress
+from polyhead_trainer.publish import check_output, publish
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, peak_memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    record: RunRecord
+    content_hash: str
+
+
+def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunResult:
+    """Raises PolyheadError for everything that the user can mend."""
+    started = time.perf_counter()
+    check_output(config.output, overwrite)
+    if config.training.num_threads:
+        torch.set_num_threads(config.training.num_threads)
+
+    backbone = backbones.load(config.backbone)
+    tokenizer = backbone.tokenizer
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    train_data = load_examples(config.data.train, tokenizer, config.data.max_length)
+    held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length)
+    check_disjoint(train_data.examples, held_out.examples)
+    evaluator = evaluate.prepare(config.evaluate, held_out.examples, tokenizer, pad_id)
+
+    facts = BackboneFacts.of(backbone)
+    model = methods.wrap(backbone, config.adapter, config.training.seed)
+    data_facts = DataFacts.of(config, train_data, held_out)
+    trainable = TrainableFacts.of(model, facts.num_parameters)
+    num_steps = count_steps(config.training, len(train_data.examples))
+    report.print_plan(console, config, facts, data_facts, trainable, num_steps)
+
+    console.print("measuring the backbone on the held-out examples")
+    with model.disable_adapter():
+        before = evaluator.measure(model)
+    train_started = time.perf_counter()
+    with TrainingProgress(console) as progress:
+        train(model, train_data.examples, config.training, pad_id=pad_id, on_step=progress)
+    train_seconds = time.perf_counter() - train_started
+    console.print("measuring the tuned model on the same examples")
+    after = evaluator.measure(model)
+
+    record = RunRecord(
+        config=config,
+        backbone=facts,
+        data=data_facts,
+        trainable=trainable,
+        before=before,
+        after=after,
+        curve=progress.history,
+        questions=[item.example.question for item in evaluator.answered],
+        references=[item.example.reference for item in evaluator.answered],
+        train_seconds=train_seconds,
+        total_seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(backbone.device),
+    )
+    identity = publish(model, record, overwrite=overwrite)
+    report.print_outcome(console, record)
+    console.print(f"adapter {config.output} ({identity[:12]})", highlight=False, soft_wrap=True)
+    return RunResult(record=record, content_hash=identity)
