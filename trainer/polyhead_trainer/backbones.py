@@ -9,7 +9,7 @@ from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
 from polyhead_core.paths import default_cache_dir
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from polyhead_trainer.config import BackboneSection
 
@@ -35,21 +35,19 @@ def _load_llm_int8(settings: BackboneSection) -> Backbone:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     cache = settings.cache_dir or default_cache_dir()
     directory = resolve_source(settings.source, cache)
-    plain = load_backbone(settings.source, quantization="none", dtype=settings.dtype, device="meta", cache_dir=cache)
+    device = torch.device(settings.device)
+    name = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
     model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        dtype=plain.dtype,
-        device_map={"": settings.device},
+        directory, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=dtype, device_map={"": device}
     )
-    model.requires_grad_(False)
     return Backbone(
-        model=model.eval(),
-        tokenizer=plain.tokenizer,
+        model=model.eval().requires_grad_(False),
+        tokenizer=AutoTokenizer.from_pretrained(directory),
         source=settings.source,
         directory=directory,
         fingerprint=fingerprint(directory, cache),
         quantization="llm.int8",
-        dtype=plain.dtype,
-        device=torch.device(settings.device),
+        dtype=dtype,
+        device=device,
     )
