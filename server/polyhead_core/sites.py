@@ -12,6 +12,8 @@ class SiteKind(enum.Enum):
     """A linear layer: y[out] = W x[in] + b. `in_features` and `out_features` are its widths."""
     EMBED = "embed"
     """The token embedding: y[out] = E[token]. `in_features` is the vocabulary's size."""
+    NORM = "norm"
+    """A normalisation with a bias, which an adapter may change; both widths are the hidden one."""
 
 
 @dataclass(frozen=True, kw_only=True)

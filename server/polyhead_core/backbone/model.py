@@ -84,7 +84,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def site_map(model: PreTrainedModel) -> SiteMap:
-    """The token embedding and every linear layer, in module order."""
+    """The token embedding, every linear layer and every normalisation with a bias, in module order."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     sites: list[Site] = []
     for path, module in model.named_modules():
@@ -92,6 +92,8 @@ def site_map(model: PreTrainedModel) -> SiteMap:
             kind, widths = SiteKind.EMBED, (module.num_embeddings, module.embedding_dim)
         elif isinstance(module, nn.Linear):
             kind, widths = SiteKind.LINEAR, (module.in_features, module.out_features)
+        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
+            kind, widths = SiteKind.NORM, (module.normalized_shape[-1], module.normalized_shape[-1])
         else:
             continue
         sites.append(

@@ -175,9 +175,6 @@ def _read_module(
 ) -> list[Contribution]:
     site = backbone.sites.by_path.get(path)
     if site is None:
-        if tensors.keys() <= {_BIAS}:
-            _check_bias_unchanged(adapter, backbone, settings, path, tensors)
-            return []
         near = check.nearest(path, backbone.sites.by_path)
         raise AdapterMismatch(
             f"adapter {adapter.name!r} is for a layer {check.shown(path)} that this backbone lacks; the nearest "
@@ -205,6 +202,12 @@ def _low_rank(
     present = {ending for ending in (_A, _B, _B_BIAS, _EMBED_A, _EMBED_B) if ending in tensors}
     if not present:
         return None
+    if site.kind not in _ENDINGS_BY_KIND:
+        raise AdapterMismatch(
+            f"adapter {adapter.name!r} has low-rank factors for {site.path}, which is a {site.kind.value} layer: "
+            "expected a linear layer or the embedding",
+            details={"adapter": adapter.name, "site": site.path},
+        )
     a_ending, b_ending = _ENDINGS_BY_KIND[site.kind]
     wanted = {a_ending, b_ending} | ({_B_BIAS} if settings.lora_bias else set())
     if present != wanted:
@@ -259,22 +262,6 @@ def _check_biases_are_saved(adapter: AdapterDirectory, settings: _Settings, path
         raise AdapterFormatError(
             f"adapter {adapter.name!r} has a bias for {check.shown(path)} though its adapter_config.json says "
             "bias = none",
-            details={"adapter": adapter.name, "module": check.shown(path)},
-        )
-
-
-def _check_bias_unchanged(
-    adapter: AdapterDirectory, backbone: BackboneView, settings: _Settings, path: str, tensors: dict[str, Tensor]
-) -> None:
-    """bias = "all" saves the biases of norms too; those that were not trained are dropped."""
-    if _BIAS not in tensors:
-        return
-    _check_biases_are_saved(adapter, settings, path)
-    saved, base = tensors[_BIAS], _base_bias(adapter, backbone, path)
-    if saved.shape != base.shape or not torch.equal(saved.to(base.dtype), base.cpu()):
-        raise AdapterRejected(
-            f"adapter {adapter.name!r} changes the bias of {check.shown(path)}, which is no linear layer; that is "
-            "not served yet (train with bias = lora_only)",
             details={"adapter": adapter.name, "module": check.shown(path)},
         )
 

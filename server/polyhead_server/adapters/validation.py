@@ -26,8 +26,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def check_config_keys(adapter: AdapterDirectory, known: Sequence[str]) -> None:
-    for key in adapter.config:
-        if key not in known:
+    """An unknown key that is null or false says that something a later PEFT can do was not done, and may stay."""
+    for key, value in adapter.config.items():
+        if key not in known and value is not None and value is not False:
             raise AdapterFormatError(
                 f"adapter {adapter.name!r}: adapter_config.json has the unknown key {shown(key)}; the nearest known "
                 f"key is {nearest(key, known)!r}",

@@ -58,6 +58,7 @@ SiteForward = Callable[[Tensor], Tensor]
 _SITE_FORWARD: dict[SiteKind, Callable[[nn.Module, Site, CurrentStep], SiteForward]] = {
     SiteKind.LINEAR: LinearSite,
     SiteKind.EMBED: EmbeddingSite,
+    SiteKind.NORM: LinearSite,  # adapters have no rank pages there, only biases
 }
 
 
