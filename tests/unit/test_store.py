@@ -29,7 +29,7 @@ from polyhead_core.errors import (
 )
 from polyhead_server.config import ServerConfig
 from polyhead_server.request import AdapterVersion
-from polyhead_server.store import load_book
+from polyhead_server.store import load_book, residency
 from polyhead_server.store.backbone_view import view_backbone
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.residency import Residency
@@ -247,6 +247,7 @@ def test_unknown_names_and_refused_folders(make_store: Callable[..., AdapterStor
             call("nobody")
     info = store.get("adapter-05")
     assert "pickle" in info.error
+    assert not store.pin("adapter-05", False).pinned
     assert (info.content_hash, info.residency) == ("", Residency.DISK)
     assert [info.name for info in store.list() if info.error] == ["adapter-05"]
 
@@ -406,6 +407,27 @@ def test_two_that_want_the_same_room_both_get_their_turn(make_store: Callable[..
                 break
         time.sleep(0.001)
     assert Counter(turns) == {versions[0]: 10, versions[1]: 10}
+
+
+def test_an_idle_engine_is_woken_when_room_comes_free_by_time(
+    make_store: Callable[..., AdapterStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "PROTECTION_S", 0.3)
+    store = make_store(num_slots=1)
+    woken = threading.Event()
+    store.set_wakeup(woken.set)
+    abandoned, wanted = store.resolve("adapter-00"), store.resolve("adapter-01")
+    assert store.acquire(abandoned) is None
+    assert woken.wait(5)
+    store.publish()  # and whoever waited for it has gone
+    slot, wakeups = None, 0
+    while slot is None:
+        woken.clear()
+        slot = store.acquire(wanted)
+        assert slot is not None or woken.wait(5), "nobody will ever ask again"
+        store.publish()
+        wakeups += 1
+    assert wakeups < 20
 
 
 def test_a_loader_that_meets_our_bug_fails_the_request_and_goes_on(

@@ -34,6 +34,7 @@ class LoadBook:
             return False
         if self.failure(content_hash) is not None or self._is_hopeless(content_hash):
             return False
+        self._no_room.pop(content_hash, None)
         self._under_way[content_hash] = awaited
         return True
 
@@ -56,9 +57,16 @@ class LoadBook:
         self._failures.pop(content_hash, None)
 
     def found_no_room(self, content_hash: str) -> None:
-        now_s = time.monotonic()
-        self._no_room = {h: n for h, n in self._no_room.items() if now_s - n[1] <= ROOM_RETRY_S}
-        self._no_room[content_hash] = (self._room_version, now_s)
+        self._no_room[content_hash] = (self._room_version, time.monotonic())
+
+    @property
+    def has_blocked(self) -> bool:
+        """Some load has found no room and was not tried again."""
+        return bool(self._no_room)
+
+    def forget_blocked(self) -> None:
+        """Those that may be tried again are from now on as if they had never been tried."""
+        self._no_room = {h: tried for h, tried in self._no_room.items() if self._is_hopeless(h)}
 
     def room_came_free(self) -> None:
         self._room_version += 1

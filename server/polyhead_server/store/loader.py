@@ -15,7 +15,7 @@ from polyhead_server.request import AdapterVersion
 from polyhead_server.store.catalog import Catalog
 from polyhead_server.store.device_cache import DeviceCache, StoreMetrics
 from polyhead_server.store.host_cache import HostCache
-from polyhead_server.store.load_book import LoadBook
+from polyhead_server.store.load_book import ROOM_RETRY_S, LoadBook
 from polyhead_server.store.packing import PackedAdapter
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class AdapterLoader:
             self._queue.put(version)
 
     def _run(self) -> None:
-        while (version := self._queue.get()) is not None:
+        while (version := self._next()) is not None:
             try:
                 if not self._stopping:
                     self._load(version)
@@ -81,6 +81,18 @@ class AdapterLoader:
                 logger.exception("loading adapter %r failed", version.name)
                 self._fail(version, EngineFailure(f"loading adapter {version.name!r} failed: {error}"))
             self._end(version)
+
+    def _next(self) -> AdapterVersion | None:
+        while True:
+            with self._changed:
+                timeout_s = ROOM_RETRY_S if self._book.has_blocked else None
+            try:
+                return self._queue.get(timeout=timeout_s)
+            except queue.Empty:
+                # Room may have come free by time alone, and an engine with nothing else to do would never ask again.
+                with self._changed:
+                    self._book.forget_blocked()
+                self.wakeup()
 
     def _load(self, version: AdapterVersion) -> None:
         started_s = time.monotonic()

@@ -7,6 +7,7 @@ Everything is keyed by content hash: two names with the same content share one r
 from __future__ import annotations
 
 import difflib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from polyhead_server.store.host_cache import HostCache
 from polyhead_server.store.load_book import ROOM_RETRY_S, LoadBook
 from polyhead_server.store.loader import AdapterLoader, no_room_error
 from polyhead_server.store.packing import PackedAdapter, pack
+from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.pool import AdapterPool
 from polyhead_server.store.residency import Residency
 
@@ -49,7 +51,7 @@ class AdapterInfo:
     num_parameters: int
     file_bytes: int
     device_bytes: int
-    """0 while not in the device pool."""
+    """What it takes of the device pool, from the moment that its load has found room; 0: nothing."""
     residency: Residency
     pinned: bool
     active_requests: int
@@ -147,7 +149,8 @@ class AdapterStore:
         self._catalog.refresh()
 
     def set_wakeup(self, callback: Callable[[], None]) -> None:
-        """`callback` is called from a loader's thread whenever a load has ended, well or not."""
+        """`callback` is called, from other threads, whenever a load has ended or room may have come free: `acquire` may
+        have a new answer. No lock is held over it."""
         self._loader.wakeup = callback
 
     # --- for the engine ---
@@ -237,23 +240,25 @@ class AdapterStore:
                     details={"adapter": name, "active_requests": resident.request_pins},
                 )
             if version.content_hash in self._pinned_hashes():
-                raise InvalidRequest(
-                    f"adapter {name!r} is pinned; take the pin off before unloading it", details={"adapter": name}
-                )
+                raise InvalidRequest(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
             if resident is not None:
                 self._cache.give_up(version.content_hash)
                 self._room_came_free()
             self._host.drop(version.content_hash)
+        self._loader.wakeup()
         return self.get(name)
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """Keeps what the name means, now and later, in the device pool, and begins to load it; or lets it go again."""
-        version = self.resolve(name)
+        # A pin comes off a refused folder too.
+        version = self.resolve(name) if pinned else None
+        self._entry(name)
         with self._lock:
             (self._pinned_names.add if pinned else self._pinned_names.discard)(name)
             self._apply_pins()
-            if pinned and self._cache.residents.get(version.content_hash) is None:
+            if version is not None and self._cache.residents.get(version.content_hash) is None:
                 self._loader.want(version, awaited=False)
+        self._loader.wakeup()
         return self.get(name)
 
     # --- figures ---
@@ -264,7 +269,7 @@ class AdapterStore:
 
     @property
     def pool_used_bytes(self) -> int:
-        return self.pool_pages_used * self._pool.unit_bytes
+        return self._cache.allocator.used_units * self._pool.unit_bytes
 
     @property
     def pool_pages(self) -> int:
@@ -296,7 +301,8 @@ class AdapterStore:
         entry = entries.get(name)
         if entry is None:
             check_adapter_name(name)
-            near = difflib.get_close_matches(name, entries, n=3)
+            # Among the first thousand only: a mistaken name must not cost others time.
+            near = difflib.get_close_matches(name, list(itertools.islice(entries, 1000)), n=3)
             hint = f"; the nearest names are {', '.join(near)}" if near else ""
             raise UnknownAdapter(f"there is no adapter {name!r}{hint}", details={"adapter": name})
         return entry
@@ -305,8 +311,9 @@ class AdapterStore:
         packed = self._read(path)
         if not self._cache.could_ever_fit(packed.sizes):
             raise AdapterTooLarge(
-                f"adapter {path.name!r} takes {packed.num_bytes} bytes of the adapter pool, which has "
-                f"{self.pool_bytes}; raise adapter_pool_bytes",
+                f"adapter {path.name!r} takes {packed.num_bytes} bytes, in slabs of "
+                f"{CHUNK_UNITS * self._pool.unit_bytes}, and the adapter pool has {self.pool_bytes} in all; raise "
+                "adapter_pool_bytes",
                 details={"adapter": path.name, "bytes": packed.num_bytes, "pool_bytes": self.pool_bytes},
             )
         with self._lock:
@@ -362,7 +369,6 @@ class AdapterStore:
     def _info(self, entry: CatalogEntry) -> AdapterInfo:
         facts = entry.facts
         resident = self._cache.residents.get(facts.content_hash) if facts is not None else None
-        on_device = resident is not None and resident.state is Residency.DEVICE
         return AdapterInfo(
             name=entry.name,
             content_hash=facts.content_hash if facts else "",
@@ -370,7 +376,7 @@ class AdapterStore:
             max_rank=facts.max_rank if facts else 0,
             num_parameters=facts.num_parameters if facts else 0,
             file_bytes=facts.file_bytes if facts else 0,
-            device_bytes=resident.num_units * self._pool.unit_bytes if resident is not None and on_device else 0,
+            device_bytes=resident.num_units * self._pool.unit_bytes if resident is not None else 0,
             residency=self._residency(facts),
             pinned=entry.name in self._pinned_names,
             active_requests=resident.request_pins if resident is not None else 0,
