@@ -294,7 +294,7 @@ HOSTILE: dict[str, tuple[Edit, type[AdapterRejected], str]] = {
             tensors.update({"base_model.model.model.norm.bias": torch.ones(0)}),
         ),
         AdapterMismatch,
-        "model.norm.*has none",
+        "model.norm.*(lacks|has none)",
     ),
     "low-rank factors of a norm": (_rename("self_attn.v_proj", "input_layernorm"), AdapterMismatch, "input_layernorm"),
     "LoRA bias missing": (_set(lora_bias=True), AdapterFormatError, "lora_B.bias"),
