@@ -73,7 +73,10 @@ class Metrics:
         self._load_seconds = self._latency("adapter_load_seconds", "Bringing one adapter into the device pool.")
 
     def request_ended(self, outcome: str, adapter: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """`adapter` must be one that exists, or "" for the backbone alone."""
+        """Called once a call: by the engine for what it admitted, by the service for what never came so far.
+
+        `adapter` must be one that exists, or "" for the backbone alone.
+        """
         label = self._adapter_label(adapter)
         self._requests.labels(outcome).inc()
         self._prompt_tokens.inc(prompt_tokens)

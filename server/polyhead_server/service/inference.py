@@ -35,12 +35,12 @@ _MAX_LOGPROBS_ON_LOOP = 512
 
 @dataclass(kw_only=True)
 class _Account:
-    """What the metrics will say about one call."""
+    """What is known of one call before the engine has it."""
 
     adapter: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     deadline_s: float | None = None
+    is_admitted: bool = False
+    """From here on the engine counts it."""
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -92,7 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             else:
                 token_ids = await self._encode(message.text, message.parse_special_tokens)
             request = self._request(context, account, version, token_ids, SamplingParams(), message.top_logprobs)
-            async with self._submitted(request) as output:
+            async with self._submitted(request, account) as output:
                 end = None
                 while end is None:
                     _, end = await output.read()
@@ -103,23 +103,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
     async def _stream(self, request: Request, context: Context, account: _Account) -> None:
-        async with self._submitted(request) as output:
+        async with self._submitted(request, account) as output:
             await context.write(convert.started(request.request_id, request.adapter, len(request.prompt_token_ids)))
             end = None
             num_logprobs = 1 + (request.params.logprobs or 0)
             while end is None:
                 chunks, end = await output.read()
                 for chunk in chunks:
-                    account.completion_tokens += len(chunk.token_ids)
                     is_large = len(chunk.logprobs) * num_logprobs > _MAX_LOGPROBS_ON_LOOP
                     await context.write(await self._off_loop_if(is_large, convert.from_tokens, chunk, self._texts))
             await context.write(convert.from_finished(_succeeded(end)))
 
     @contextlib.asynccontextmanager
-    async def _submitted(self, request: Request) -> AsyncIterator[OutputStream]:
+    async def _submitted(self, request: Request, account: _Account) -> AsyncIterator[OutputStream]:
         """Hands `request` to the engine, and takes it back when the call ends first, for whatever reason."""
         output = OutputStream(asyncio.get_running_loop())
         self._engine.submit(request, output.put)
+        account.is_admitted = True
         try:
             yield output
         finally:
@@ -128,23 +128,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @contextlib.contextmanager
     def _accounted(self, context: Context) -> Iterator[_Account]:
-        """Counts the call under its outcome, once, however it ends."""
+        """Counts the call under its outcome if it ends before the engine has admitted it, for whatever reason."""
         left_s = context.time_remaining()
         account = _Account(deadline_s=None if left_s is None else time.monotonic() + left_s)
         outcome = "internal"
         try:
             yield account
-            outcome = "finished"
         except PolyheadError as error:
             outcome = error.reason.lower()
             raise
         except asyncio.CancelledError:
             # gRPC cancels the handler when the client goes and when the deadline passes.
             is_late = account.deadline_s is not None and time.monotonic() >= account.deadline_s
-            outcome = "deadline_exceeded" if is_late else "cancelled"
+            outcome = "deadline" if is_late else "cancelled"
             raise
         finally:
-            self._metrics.request_ended(outcome, account.adapter, account.prompt_tokens, account.completion_tokens)
+            if not account.is_admitted:
+                self._metrics.request_ended(outcome, account.adapter, prompt_tokens=0, completion_tokens=0)
 
     def _params(self, message: inference_pb2.SamplingParams) -> SamplingParams:
         return convert.to_params(message, max_n=self._config.max_n, max_logprobs=self._config.max_logprobs)
@@ -176,7 +176,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         score_top: int | None = None,
     ) -> Request:
         """With `score_top`: a request that scores its prompt and generates nothing."""
-        account.prompt_tokens = len(token_ids)
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         return Request(
             request_id=uuid.uuid4().hex,
