@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 
@@ -24,7 +25,13 @@ def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product(q_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """q W^T with int32 accumulation: exact, so a row's result never depends on the other rows."""
-    return torch._int_mm(q_TI, weight_OI.t())
+    if q_TI.device.type == "cpu":
+        return torch._int_mm(q_TI, weight_OI.t())
+    # cuBLAS wants more than 16 rows and widths that are multiples of 8; zeros add nothing to a sum of products.
+    rows, width, out = q_TI.shape[0], q_TI.shape[1], weight_OI.shape[0]
+    q_padded = pad(q_TI, (0, -width % 8, 0, -rows % 32))
+    weight_padded = pad(weight_OI, (0, -width % 8, 0, -out % 8))
+    return torch._int_mm(q_padded, weight_padded.t())[:rows, :out]
 
 
 def int8_linear(

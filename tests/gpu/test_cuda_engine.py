@@ -1,0 +1,59 @@
+"""The engine on CUDA against peft + transformers on the CPU. Needs a device: `make test-gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from local_engine import LocalEngine
+from peft import PeftModel
+from polyhead_core.backbone import load_backbone
+from polyhead_core.int8 import Int8Linear
+from polyhead_core.kernels import reference
+from polyhead_server.config import ServerConfig
+from tiny import TARGETS, reference_model, save_adapter, save_backbone
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+PROMPT = list(range(10, 60))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+def test_int8_linear_equals_the_cpu_reference(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    layer = Int8Linear.from_weight(
+        torch.randn(96, 64, generator=generator), None, torch.rand(64, generator=generator) + 0.5, torch.tensor([1, 9])
+    )
+    x = torch.randn(rows, 64, generator=generator)
+    expected = reference.int8_linear(
+        x, layer.weight, layer.SCB, layer.input_scale, layer.outlier_columns, layer.outlier_weight
+    )
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_greedy_tokens_equal_the_cpu(quantization: str, tmp_path: Path) -> None:
+    directory = save_backbone("llama", tmp_path / "backbone")
+    adapter = save_adapter(directory, tmp_path / "adapters" / "a", seed=1, r=8, target_modules=TARGETS["llama"])
+    config = ServerConfig(
+        adapters=str(tmp_path / "adapters"),
+        quantization=quantization,
+        dtype="float32",
+        device="cuda",
+        kv_cache_bytes=16 << 20,
+        adapter_pool_bytes=16 << 20,
+    )
+    backbone = load_backbone(
+        str(directory), quantization=quantization, dtype="float32", device="cuda", cache_dir=tmp_path / "cache"
+    )
+    engine = LocalEngine(backbone, config)
+    try:
+        score = torch.tensor(engine.submit(PROMPT, "a", score_prompt=True).prompt_logprobs)
+    finally:
+        engine.close()
+    model = PeftModel.from_pretrained(reference_model(directory), adapter).eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    assert (score - expected).abs().max() < (1e-3 if quantization == "none" else 1.0)
