@@ -1,0 +1,48 @@
+"""The peer: peft + transformers generating one left-padded batch whose rows name their adapters (`adapter_names`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from serving_workload import Ask
+from transformers import AutoModelForCausalLM
+
+
+class PeftPeer:
+    def __init__(self, backbone_directory: Path, adapters: Path, names: Sequence[str], dtype: torch.dtype) -> None:
+        model = AutoModelForCausalLM.from_pretrained(backbone_directory, dtype=dtype)
+        self._model = PeftModel.from_pretrained(
+            model, adapters / names[0], adapter_name=names[0], low_cpu_mem_usage=True
+        )
+        for name in names[1:]:
+            self._model.load_adapter(adapters / name, adapter_name=name, low_cpu_mem_usage=True)
+        # peft keeps adapters in float32 unless told otherwise; the comparison is at one precision throughout.
+        self._model.to(dtype)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def generate(self, asks: Sequence[Ask]) -> tuple[float, list[tuple[int, ...]]]:
+        """Seconds for the whole batch, greedy, and the answers. All asks must want the same number of tokens."""
+        (output_tokens,) = {ask.output_tokens for ask in asks}
+        longest = max(len(ask.prompt) for ask in asks)
+        ids_BT = torch.zeros(len(asks), longest, dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, ask in enumerate(asks):
+            ids_BT[row, longest - len(ask.prompt) :] = torch.tensor(ask.prompt)
+            mask_BT[row, longest - len(ask.prompt) :] = 1
+        began_s = time.monotonic()
+        output_BT = self._model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            adapter_names=[ask.adapter or "__base__" for ask in asks],
+            do_sample=False,
+            min_new_tokens=output_tokens,
+            max_new_tokens=output_tokens,
+            pad_token_id=0,
+        )
+        wall_s = time.monotonic() - began_s
+        return wall_s, [tuple(row[longest:].tolist()) for row in output_BT]
