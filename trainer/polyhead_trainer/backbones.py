@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
 from polyhead_core.paths import default_cache_dir
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
 from polyhead_trainer.config import BackboneSection
 
 HUB_NAMES = {"default": "HuggingFaceTB/SmolLM2-135M-Instruct"}

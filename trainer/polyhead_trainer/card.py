@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.record import RunRecord, package_versions
 from polyhead_trainer.report import comparison
@@ -54,8 +56,6 @@ def _prompt(record: RunRecord) -> str:
     return record.questions[0] if record.questions else "..."
 
 
-def _table(
-    head: tuple[str, ...], rows: list[tuple[str, ...]] | list[tuple[str, str]] | list[tuple[str, str, str]]
-) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines: list[tuple[str, ...]] = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

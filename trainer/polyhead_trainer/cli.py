@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from polyhead_core.errors import PolyheadError
 
+from polyhead_core.errors import PolyheadError
 from polyhead_trainer.errors import MissingExtra
 
 EXIT_USER_ERROR = 2

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from polyhead_core.errors import ConfigError
 from transformers import PreTrainedTokenizerBase
 
+from polyhead_core.errors import ConfigError
 from polyhead_trainer import scores
 from polyhead_trainer.batching import collate
 from polyhead_trainer.config import EvaluateSection

@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from polyhead_core.backbone import Backbone
-from polyhead_core.errors import ConfigError
 from torch import nn
 
+from polyhead_core.backbone import Backbone
+from polyhead_core.errors import ConfigError
 from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.config import AdapterSection
 

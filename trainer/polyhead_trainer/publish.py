@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 from peft import PeftModel
+
 from polyhead_core.adapter_directory import CONFIG_FILE, content_hash, stamp_backbone
 from polyhead_core.errors import ConfigError
-
 from polyhead_trainer.card import model_card
 from polyhead_trainer.errors import OutputExists
 from polyhead_trainer.record import METRICS_FILE, RunRecord

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from polyhead_core.backbone import Backbone
 
+from polyhead_core.backbone import Backbone
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedData, hash_files
 from polyhead_trainer.evaluate import Measures

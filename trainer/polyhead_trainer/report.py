@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.table import Table
 
@@ -12,30 +9,23 @@ from polyhead_trainer.config import RunConfig
 from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
 
-
-@dataclass(frozen=True)
-class _Row:
-    title: str
-    value: Callable[[Measures], float | None]
-    form: str
-
-
-_ROWS = (
-    _Row("held-out loss (nats/token)", lambda m: m.held_out_loss, ".3f"),
-    _Row("choice accuracy", lambda m: m.choice_accuracy, ".1%"),
-    _Row("exact match of answers", lambda m: m.exact_match, ".1%"),
-    _Row("chrF of answers", lambda m: m.chrf, ".1f"),
-    _Row("general text, perplexity", lambda m: m.general_perplexity, ".2f"),
-)
+FORMS = {
+    "held_out_loss": ("held-out loss (nats/token)", ".3f"),
+    "choice_accuracy": ("choice accuracy", ".1%"),
+    "exact_match": ("exact match of answers", ".1%"),
+    "chrf": ("chrF of answers", ".1f"),
+    "general_perplexity": ("general text, perplexity", ".2f"),
+}
+"""How the fields of Measures are titled and written."""
 
 
 def comparison(before: Measures, after: Measures) -> list[tuple[str, str, str]]:
     """(measure, before, after) of everything that was measured."""
     rows = []
-    for row in _ROWS:
-        old, new = row.value(before), row.value(after)
+    for field, (title, form) in FORMS.items():
+        old, new = getattr(before, field), getattr(after, field)
         if old is not None and new is not None:
-            rows.append((row.title, format(old, row.form), format(new, row.form)))
+            rows.append((title, format(old, form), format(new, form)))
     return rows
 
 

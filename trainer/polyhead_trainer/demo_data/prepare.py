@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from polyhead_core.paths import default_cache_dir
-
 from polyhead_trainer.demo_data.catalogue import translations
 from polyhead_trainer.demo_data.sources import DJANGO, VADER, PackageFiles
 
