@@ -98,7 +98,7 @@ def local_engine(
         check_integrity=True,
         **{"kv_cache_bytes": 16 << 20, "adapter_pool_bytes": 64 << 20, "num_threads": 1, **settings},
     )
-    backbone = load_backbone(str(source), quantization=quantization, cache_dir=cache)
+    backbone = load_backbone(str(source), quantization=quantization, dtype=config.dtype, cache_dir=cache)
     local = LocalEngine(backbone, config)
     try:
         yield local

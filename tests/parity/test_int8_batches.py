@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from local_engine import LocalEngine, local_engine
 from tiny import TARGETS, save_adapter, save_backbone
 

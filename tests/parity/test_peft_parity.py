@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from local_engine import LocalEngine, local_engine
 from peft import PeftModel
-from tiny import CONFIGS, TARGETS, reference_model, save_adapter, save_backbone
 from transformers import PreTrainedModel
+
+from local_engine import LocalEngine, local_engine
+from tiny import CONFIGS, TARGETS, reference_model, save_adapter, save_backbone
 
 TOLERANCE = 1e-3
 
