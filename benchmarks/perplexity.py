@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional
+
 from polyhead_core.backbone import Backbone, download_pypi, load_backbone
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
-from torch.nn import functional
 
 _SDIST = ("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 

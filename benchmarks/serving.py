@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 from machine import machine_facts
-from polyhead_core.backbone import resolve_source
-from polyhead_core.paths import default_cache_dir
 from serving_load import ServerProcess, all_at_once, closed_loop, open_loop
 from serving_peer import PeftPeer
 from serving_workload import (
@@ -38,6 +36,9 @@ from serving_workload import (
     draw_batch,
     write_adapters,
 )
+
+from polyhead_core.backbone import resolve_source
+from polyhead_core.paths import default_cache_dir
 
 PEER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ADAPTER_POOL_BYTES = 1 << 30

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from polyhead_client import AsyncClient
 from serving_workload import Ask
+
+from polyhead_client import AsyncClient
 
 
 class ServerProcess:

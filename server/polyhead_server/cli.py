@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyhead_core.errors import ConfigError, PolyheadError
-
 from polyhead_server.config import ServerConfig, describe_fields, load_config
 
 if TYPE_CHECKING:
     from polyhead_core.backbone import Backbone
-
     from polyhead_server.metrics import Metrics
     from polyhead_server.service.server import Service
 
@@ -70,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(config: ServerConfig) -> int:
     # Imported here: they need torch, and --help and a wrong setting should not wait for it.
     import torch
-    from polyhead_core.backbone import load_backbone
 
+    from polyhead_core.backbone import load_backbone
     from polyhead_server.engine.engine import Engine
     from polyhead_server.metrics import Metrics
     from polyhead_server.service.server import Service

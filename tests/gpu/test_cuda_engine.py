@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_engine import LocalEngine
 from peft import PeftModel
+
+from local_engine import LocalEngine
 from polyhead_core.backbone import load_backbone
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import reference

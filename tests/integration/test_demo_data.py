@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from polyhead_trainer.demo_data import prepare
 from polyhead_trainer.demo_data.catalogue import translations
 

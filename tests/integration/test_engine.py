@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from local_engine import LocalEngine, local_engine
 from polyhead_core.errors import Draining, EngineFailure, PromptTooLong, QueueFull, RequestCancelled
 from polyhead_core.errors import RequestDeadlineExceeded as DeadlinePassed

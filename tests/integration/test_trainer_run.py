@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+
 from polyhead_core.adapter_directory import content_hash, read_adapter_directory
 from polyhead_core.backbone import load_backbone
 from polyhead_core.errors import ConfigError
@@ -19,8 +22,6 @@ from polyhead_trainer.errors import DataError, OutputExists
 from polyhead_trainer.evaluate import prepare
 from polyhead_trainer.record import METRICS_FILE, read_record
 from polyhead_trainer.run import RunResult, run
-from rich.console import Console
-from safetensors.torch import load_file
 from tiny import save_backbone
 
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "sky": "blue", "lemon": "yellow"}

@@ -28,9 +28,8 @@ def test_each_layer_stays_within_the_quantisation_bound(default_directory: Path)
         smoothed, scaled = x / layer.input_scale, weight * layer.input_scale
         x_step = smoothed.abs().amax(1, keepdim=True) / 127
         weight_step = (layer.SCB / 127)[None]
-        bound = x_step / 2 * scaled.abs().sum(1)[None] + weight_step / 2 * (smoothed.abs() + x_step).sum(
-            1, keepdim=True
-        )
+        by_inputs = x_step / 2 * scaled.abs().sum(1)[None]
+        by_weights = weight_step / 2 * (smoothed.abs() + x_step).sum(1, keepdim=True)
         error = (layer(x) - x @ weight.T).abs()
         assert (error <= (by_inputs + by_weights) * 1.01 + 1e-4).all(), path
         assert error.norm() / (x @ weight.T).norm() < 0.08, path

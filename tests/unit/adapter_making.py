@@ -13,11 +13,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
-from polyhead_core.backbone.model import site_map
-from polyhead_core.kernels import reference
-from polyhead_core.kernels.tables import AdapterTables
-from polyhead_core.sites import SiteKind, SiteMap
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +24,12 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+
+from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
+from polyhead_core.backbone.model import site_map
+from polyhead_core.kernels import reference
+from polyhead_core.kernels.tables import AdapterTables
+from polyhead_core.sites import SiteKind, SiteMap
 
 VOCAB = 128
 

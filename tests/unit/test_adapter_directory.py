@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from polyhead_core.adapter_directory import (
     CONFIG_FILE,
     FINGERPRINT_KEY,
@@ -24,8 +27,6 @@ from polyhead_core.adapter_directory import (
     stamp_backbone,
 )
 from polyhead_core.errors import AdapterFormatError, AdapterRejected, AdapterTooLarge, InvalidRequest
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 

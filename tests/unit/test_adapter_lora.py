@@ -11,6 +11,8 @@ import pytest
 import torch
 from adapter_making import TinyBackbone, edit_adapter, gemma2, gpt_neox, llama, logits, make_adapter, served_by_tables
 from peft.utils.other import get_pattern_key
+from transformers import PreTrainedModel
+
 from polyhead_core.adapter_directory import FINGERPRINT_KEY, QUANTIZATION_KEY, AdapterDirectory
 from polyhead_core.errors import AdapterFormatError, AdapterMismatch, AdapterRejected, AdapterTooLarge
 from polyhead_core.int8 import Int8Linear
@@ -24,7 +26,6 @@ from polyhead_server.store.backbone_view import view_backbone
 from polyhead_server.store.packing import pack
 from polyhead_server.store.page_allocator import PageAllocator
 from polyhead_server.store.pool import AdapterPool
-from transformers import PreTrainedModel
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LAYER0_Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.convert import quantize_directory, save_int8
@@ -17,7 +19,6 @@ from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.sites import SiteKind
 from tiny import CONFIGS, reference_model, save_backbone
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 IDS = torch.arange(4, 44).view(1, -1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from polyhead_server.kvcache.block_manager import BlockManager, BlockTable
 
 

@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import polyhead_client
 import pytest
+from service_doubles import FakeInfo, Harness, until_cancelled
+
+import polyhead_client
 from polyhead_client import (
     AdapterRejected,
     AsyncClient,
@@ -25,7 +27,6 @@ from polyhead_client import (
     UnknownAdapter,
 )
 from polyhead_core import errors as server_errors
-from service_doubles import FakeInfo, Harness, until_cancelled
 
 Call = Callable[..., Any]
 

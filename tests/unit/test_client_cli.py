@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from polyhead_client import cli
 from service_doubles import Harness
+
+from polyhead_client import cli
 
 
 @pytest.fixture

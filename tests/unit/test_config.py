@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from polyhead_core.errors import ConfigError
 from polyhead_server import cli
 from polyhead_server.config import ServerConfig, describe_fields, load_config

@@ -6,9 +6,10 @@ import random
 import time
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from polyhead_server.engine.detokenizer import IncrementalDetokenizer
 from polyhead_server.engine.stop_strings import StopMatcher
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXTS = [
     "Hello world, this is plain text.",

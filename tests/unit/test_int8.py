@@ -6,8 +6,9 @@ import bitsandbytes.functional
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from polyhead_core.int8 import Int8Linear, quantize_weight
 from torch import nn
+
+from polyhead_core.int8 import Int8Linear, quantize_weight
 
 
 def test_weights_are_laid_out_as_bitsandbytes_lays_them_out() -> None:

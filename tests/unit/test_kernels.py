@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import dispatch, reference
 from polyhead_core.kernels.cpu import build

@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from polyhead_server.store.page_allocator import CHUNK_UNITS, PageAllocator, slab_chunks
 
 _SIZES = st.lists(st.sampled_from([1, 3, 8, 24, 72, 192, 300, 700, 6144]), min_size=1, max_size=40)

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
+
 from polyhead_core.errors import EngineFailure
 from polyhead_server.engine.logprobs import token_logprobs, top_n
 from polyhead_server.engine.sampler import Sampled, SamplerRow, adjusted, candidates, sample
 from polyhead_server.request import SamplingParams
-from torch import Tensor
 
 EOS = 0
 

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 import pytest
+
 from polyhead_core.errors import AdapterFormatError, InvalidRequest, PolyheadError, QueueFull
 from polyhead_server.kvcache.block_manager import BlockManager
 from polyhead_server.request import AdapterVersion, Request, SamplingParams

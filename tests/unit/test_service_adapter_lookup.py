@@ -7,9 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from service_doubles import FakeInfo, FakeStore
+
 from polyhead_core.errors import AdapterRejected, InvalidRequest, UnknownAdapter
 from polyhead_server.service.adapter_lookup import AdapterLookup
-from service_doubles import FakeInfo, FakeStore
 
 EXECUTOR = ThreadPoolExecutor(2)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from service_doubles import Harness, finished, tokens, until_cancelled
+
 from polyhead_client import Cancelled, Client, ServerError, Unavailable
 from polyhead_server.request import EventSink, Request
-from service_doubles import Harness, finished, tokens, until_cancelled
 
 
 def test_running_requests_finish_and_new_ones_are_unavailable() -> None:

@@ -14,6 +14,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from service_doubles import FakeInfo, Harness, answer, failing, finished, tokens, until_cancelled
+
 from polyhead_core.errors import (
     AdapterFormatError,
     Draining,
@@ -25,7 +27,6 @@ from polyhead_core.errors import (
 )
 from polyhead_proto.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 from polyhead_server.request import EventSink, Request
-from service_doubles import FakeInfo, Harness, answer, failing, finished, tokens, until_cancelled
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from service_doubles import small_tokenizer
+
 from polyhead_core.errors import InvalidRequest, PromptTooLong
 from polyhead_server.service.prompts import ChatMessage, PromptEncoder, TokenTexts
-from service_doubles import small_tokenizer
 
 MAX_MODEL_LEN = 256
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from polyhead_core import errors
 from polyhead_server.service.status import ERROR_DOMAIN, code_of, to_status
 

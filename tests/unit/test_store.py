@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_making import TinyBackbone, edit_adapter, llama, logits, make_adapter, served_by_tables
+
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from polyhead_core.errors import (
     AdapterFormatError,

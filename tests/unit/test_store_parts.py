@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from polyhead_core.errors import AdapterFormatError, AdapterRejected, EngineFailure
 from polyhead_server.store import catalog as catalog_module
 from polyhead_server.store import load_book

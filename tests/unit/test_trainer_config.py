@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import known_settings, load_config
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
+
 from polyhead_trainer.batching import collate, epoch_order
 from polyhead_trainer.data import EncodedExample, check_disjoint, encode, load_examples, read_jsonl
 from polyhead_trainer.errors import DataError
 from tiny import tokenizer
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture

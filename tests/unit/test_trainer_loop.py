@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+
 from polyhead_core.backbone import load_backbone
 from polyhead_trainer import methods
 from polyhead_trainer.batching import collate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from polyhead_trainer.scores import chrf, exact_match
 
 

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
-from polyhead_proto.v1 import adapters_pb2, server_pb2
 
 from polyhead_client import wire
 from polyhead_client.errors import DeadlineExceeded, Unavailable, translated
@@ -23,6 +22,7 @@ from polyhead_client.types import (
     Score,
     ServerInfo,
 )
+from polyhead_proto.v1 import adapters_pb2, server_pb2
 
 
 class Stream:

@@ -6,15 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from polyhead_proto.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    inference_pb2,
-    inference_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-)
-
 from polyhead_client.errors import DeadlineExceeded, InvalidRequest, ServerError
 from polyhead_client.types import (
     Adapter,
@@ -31,6 +22,14 @@ from polyhead_client.types import (
     TokenLogprob,
     TopLogprob,
     Usage,
+)
+from polyhead_proto.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
 )
 
 DEFAULT_TARGET = "127.0.0.1:50051"

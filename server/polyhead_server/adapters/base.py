@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_core.sites import Site, SiteMap
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import Tensor
+
 from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_core.errors import AdapterFormatError, AdapterMismatch, AdapterRejected
 from polyhead_core.sites import Site, SiteKind
-from torch import Tensor
-
 from polyhead_server.adapters import validation as check
 from polyhead_server.adapters.base import BackboneView, BiasDelta, Contribution, HostAdapter, LowRankDelta
 from polyhead_server.adapters.patterns import PatternTable

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import regex  # type: ignore[import-untyped, unused-ignore]
-from polyhead_core.adapter_directory import AdapterDirectory
 
+from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_server.adapters.validation import refuse_value
 
 MAX_PATTERNS = 4096

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from polyhead_core.adapter_directory import AdapterDirectory, read_adapter_directory
 from polyhead_core.errors import AdapterFormatError, AdapterMismatch, AdapterRejected
-
 from polyhead_server.adapters.base import AdapterType, BackboneView, HostAdapter
 from polyhead_server.adapters.lora import LoraType
 

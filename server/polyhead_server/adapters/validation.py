@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+
 from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_core.errors import AdapterFormatError, AdapterMismatch, AdapterTooLarge
 from polyhead_core.sites import Site
-from torch import Tensor
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead_core.kernels import dispatch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from polyhead_core.kernels import dispatch
 from polyhead_server.engine.batch import StepBatch
 
 NAME = "polyhead_paged"

@@ -9,9 +9,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
-from polyhead_core.kernels.tables import AdapterTables
 from torch import Tensor
 
+from polyhead_core.kernels.tables import AdapterTables
 from polyhead_server.kvcache.pool import KVPool
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import Draining, EngineFailure, PolyheadError, RequestCancelled
-
 from polyhead_server.config import ServerConfig
 from polyhead_server.engine.batch import BatchRow
 from polyhead_server.engine.live import LiveRequest

@@ -6,7 +6,6 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from polyhead_core.errors import PolyheadError
-
 from polyhead_server.engine.detokenizer import IncrementalDetokenizer
 from polyhead_server.engine.sampler import Sampled, SamplerRow
 from polyhead_server.metrics import Metrics

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from polyhead_core.errors import EngineFailure
 from torch import Tensor
 
+from polyhead_core.errors import EngineFailure
 from polyhead_server.request import TokenLogprob
 
 _ROWS_AT_ONCE = 64

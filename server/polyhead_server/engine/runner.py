@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from polyhead_core.backbone import Backbone
-from polyhead_core.errors import BackboneError
-from polyhead_core.kernels.tables import AdapterTables
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from polyhead_core.backbone import Backbone
+from polyhead_core.errors import BackboneError
+from polyhead_core.kernels.tables import AdapterTables
 from polyhead_server.engine import attention
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.site_modules import CurrentStep, attach

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from polyhead_core.errors import EngineFailure
 from torch import Tensor
 
+from polyhead_core.errors import EngineFailure
 from polyhead_server.engine.logprobs import finite_rows, token_logprobs
 from polyhead_server.request import SamplingParams, TokenLogprob
 

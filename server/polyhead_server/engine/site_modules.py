@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from polyhead_core.kernels import dispatch
-from polyhead_core.sites import Site, SiteKind, SiteMap
 from torch import Tensor, nn
 
+from polyhead_core.kernels import dispatch
+from polyhead_core.sites import Site, SiteKind, SiteMap
 from polyhead_server.engine.batch import StepBatch
 
 

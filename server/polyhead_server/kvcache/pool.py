@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from polyhead_core.errors import ConfigError
 from torch import Tensor
+
+from polyhead_core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from polyhead_core.errors import PolyheadError
-
 from polyhead_server.request import AdapterVersion
 
 

@@ -12,7 +12,6 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from polyhead_core.errors import InvalidRequest, PolyheadError, PromptTooLong, QueueFull, RequestDeadlineExceeded
-
 from polyhead_server.kvcache.block_manager import BlockManager
 from polyhead_server.request import AdapterVersion, Request
 from polyhead_server.scheduler.residency import Residency

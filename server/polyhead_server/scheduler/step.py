@@ -6,7 +6,6 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from polyhead_core.errors import PolyheadError
-
 from polyhead_server.request import Request
 from polyhead_server.scheduler.sequence import Sequence
 

@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 
 from polyhead_core.adapter_directory import check_adapter_name
 from polyhead_core.errors import UnknownAdapter
-
 from polyhead_server.request import AdapterVersion
 from polyhead_server.service.ports import AdapterStore
 

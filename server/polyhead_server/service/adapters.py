@@ -8,8 +8,8 @@ from concurrent.futures import Executor
 from typing import Any
 
 import grpc
-from polyhead_proto.v1 import adapters_pb2, adapters_pb2_grpc
 
+from polyhead_proto.v1 import adapters_pb2, adapters_pb2_grpc
 from polyhead_server.service import convert
 from polyhead_server.service.adapter_lookup import AdapterLookup
 from polyhead_server.service.ports import AdapterInfo, AdapterStore

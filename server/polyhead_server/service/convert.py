@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from polyhead_core.errors import InvalidRequest
 from polyhead_proto.v1 import adapters_pb2, inference_pb2
-
 from polyhead_server.request import (
     AdapterVersion,
     FinishedEvent,

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
-from polyhead_core.errors import EngineFailure, InvalidRequest, PolyheadError
 
+from polyhead_core.errors import EngineFailure, InvalidRequest, PolyheadError
 from polyhead_server.service.status import to_status
 
 _log = logging.getLogger(__name__)

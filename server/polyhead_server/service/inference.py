@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+
 from polyhead_core.errors import PolyheadError
 from polyhead_proto.v1 import inference_pb2, inference_pb2_grpc
-
 from polyhead_server.config import ServerConfig
 from polyhead_server.metrics import Metrics
 from polyhead_server.request import AdapterVersion, FailedEvent, FinishedEvent, Request, SamplingParams

@@ -6,8 +6,8 @@ from importlib import metadata
 from typing import Any
 
 import grpc
-from polyhead_proto.v1 import server_pb2, server_pb2_grpc
 
+from polyhead_proto.v1 import server_pb2, server_pb2_grpc
 from polyhead_server.config import ServerConfig
 from polyhead_server.service.ports import AdapterStore, Backbone, Engine
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from polyhead_core.errors import InvalidRequest, PromptTooLong
 from tokenizers import Tokenizer
+
+from polyhead_core.errors import InvalidRequest, PromptTooLong
 
 ROLES = ("system", "user", "assistant")
 

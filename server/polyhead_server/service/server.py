@@ -13,6 +13,7 @@ from typing import TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from polyhead_core.errors import ConfigError
 from polyhead_proto.v1 import (
     adapters_pb2,
@@ -22,7 +23,6 @@ from polyhead_proto.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-
 from polyhead_server.config import ServerConfig
 from polyhead_server.metrics import Metrics
 from polyhead_server.service.adapter_lookup import AdapterLookup

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from polyhead_core.sites import SiteMap
 from torch import Tensor, nn
 
+from polyhead_core.sites import SiteMap
 from polyhead_server.adapters.base import BackboneView
 
 

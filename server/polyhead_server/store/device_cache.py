@@ -9,7 +9,6 @@ import time
 from typing import Protocol
 
 from polyhead_core.kernels.tables import UNIT
-
 from polyhead_server.store.packing import PackedAdapter, TableRow
 from polyhead_server.store.page_allocator import PageAllocator
 from polyhead_server.store.pool import AdapterPool

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyhead_core.errors import AdapterRejected, EngineFailure, PolyheadError, QueueFull, UnknownAdapter
-
 from polyhead_server.request import AdapterVersion
 from polyhead_server.store.catalog import Catalog
 from polyhead_server.store.device_cache import DeviceCache, StoreMetrics

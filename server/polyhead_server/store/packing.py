@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from polyhead_core.errors import AdapterFormatError
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT
 from polyhead_core.sites import SiteKind, SiteMap
-from torch import Tensor
-
 from polyhead_server.adapters.base import BiasDelta, Contribution, HostAdapter
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 from polyhead_core.sites import SiteMap
-
 from polyhead_server.store.packing import PackedAdapter, TableRow, table_row
 
 

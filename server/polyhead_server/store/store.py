@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from polyhead_core.adapter_directory import check_adapter_name
 from polyhead_core.errors import (
     AdapterTooLarge,
@@ -24,7 +25,6 @@ from polyhead_core.errors import (
     UnknownAdapter,
 )
 from polyhead_core.kernels.tables import UNIT, AdapterTables
-
 from polyhead_server.adapters.base import BackboneView
 from polyhead_server.adapters.registry import read_adapter
 from polyhead_server.config import ServerConfig
