@@ -30,7 +30,7 @@ from polyhead_trainer.record import package_versions, read_record
 from polyhead_trainer.report import FORMS
 
 RECIPES = Path(polyhead_trainer.__file__).parent / "recipes"
-TASKS = {"tweet-sentiment": "tweet_sentiment", "ui-french": "ui_french"}
+TASKS = {"tweet-sentiment": "tweet_sentiment", "ui-spanish": "ui_spanish"}
 """Adapter names and the recipes that make them."""
 QUESTIONS_PER_TASK = 3
 MAX_TOKENS = 20

@@ -58,7 +58,7 @@ def lines(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("task", "least"), [("tweet_sentiment", (3700, 400)), ("ui_french", (400, 100))])
+@pytest.mark.parametrize(("task", "least"), [("tweet_sentiment", (3700, 400)), ("ui_spanish", (800, 100))])
 def test_the_sides_of_the_split_share_no_text(prepared: Path, task: str, least: tuple[int, int]) -> None:
     train, held_out = (lines(prepared / task / f"{side}.jsonl") for side in ("train", "held_out"))
     assert (len(train) >= least[0], len(held_out) >= least[1]) == (True, True)

@@ -19,6 +19,9 @@ MAX_TRANSLATED_CHARACTERS = 80
 NOT_PLAIN = re.compile(r"[%{<\n]")
 """Texts with placeholders, markup or several lines are left out."""
 
+SPANISH = ("es", "es_AR", "es_CO", "es_MX", "es_VE")
+"""Locales of one language: all their translations are learned, and measured against the first one's."""
+
 Pair = tuple[str, str]
 
 
@@ -30,7 +33,7 @@ def prepare(output: Path, cache_dir: Path | None = None) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     notes = [
         _write_task(output / "tweet_sentiment", tweet_pairs(ratings), held_out_share=0.1),
-        _write_task(output / "ui_french", catalogue_pairs(django, "fr", "French"), held_out_share=0.2),
+        _write_task(output / "ui_spanish", catalogue_pairs(django, SPANISH, "Spanish"), held_out_share=0.2),
         _write_general_text(output / "general_text.txt", ratings),
     ]
     for package, files in ((VADER, vader), (DJANGO, django)):
@@ -51,17 +54,18 @@ def tweet_pairs(ratings: PackageFiles) -> list[Pair]:
     return pairs
 
 
-def catalogue_pairs(django: PackageFiles, locale: str, language: str) -> list[Pair]:
+def catalogue_pairs(django: PackageFiles, locales: Iterable[str], language: str) -> list[Pair]:
     """Short texts of Django's user interface with their translations by Django's translators."""
-    found: dict[str, str] = {}
-    for name in django.names(f"/locale/{locale}/LC_MESSAGES/django.po"):
-        for source, translation in translations(django.text(name)):
-            # French sets no-break spaces before punctuation; a reader cannot see the difference.
-            plain = translation.replace("\u00a0", " ").replace("\u202f", " ")
-            is_usable = len(source) <= MAX_TRANSLATED_CHARACTERS and not NOT_PLAIN.search(source + plain)
-            if is_usable and source != plain:
-                found.setdefault(source, plain)
-    return [(f"English : {source} {language} :", f" {translation}") for source, translation in found.items()]
+    found: dict[Pair, None] = {}
+    for locale in locales:
+        for name in django.names(f"/locale/{locale}/LC_MESSAGES/django.po"):
+            for source, translation in translations(django.text(name)):
+                # A reader cannot see whether a space breaks.
+                plain = translation.replace("\u00a0", " ")
+                is_short = len(source) <= MAX_TRANSLATED_CHARACTERS
+                if is_short and source != plain and not NOT_PLAIN.search(source + plain):
+                    found[(f"English : {source} {language} :", f" {plain}")] = None
+    return list(found)
 
 
 def _rows(ratings: PackageFiles, file: str) -> Iterable[list[str]]:
@@ -77,15 +81,17 @@ def _write_general_text(file: Path, ratings: PackageFiles) -> str:
 
 def _write_task(folder: Path, pairs: Iterable[Pair], held_out_share: float) -> str:
     folder.mkdir(exist_ok=True)
-    sides: dict[str, list[tuple[str, Pair]]] = {"train": [], "held_out": []}
-    for pair in pairs:
-        place = _place(pair[0])
-        sides["held_out" if int(place[:8], 16) < held_out_share * 2**32 else "train"].append((place, pair))
-    for side, placed in sides.items():
-        # By hash, so that the first few are a fair sample.
-        lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for _, (p, c) in sorted(placed)]
+    # By hash, so that the first few are a fair sample; stable, so that of one prompt the first completion comes first.
+    placed = sorted(((_place(pair[0]), pair) for pair in pairs), key=lambda item: item[0])
+    train = [pair for place, pair in placed if int(place[:8], 16) >= held_out_share * 2**32]
+    held_out: dict[str, str] = {}
+    for place, (prompt, completion) in placed:
+        if int(place[:8], 16) < held_out_share * 2**32:
+            held_out.setdefault(prompt, completion)
+    for side, chosen in (("train", train), ("held_out", list(held_out.items()))):
+        lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in chosen]
         (folder / f"{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"{folder}: {len(sides['train']):,} examples to learn, {len(sides['held_out']):,} held out"
+    return f"{folder}: {len(train):,} examples to learn, {len(held_out):,} held out"
 
 
 def _place(prompt: str) -> str:
