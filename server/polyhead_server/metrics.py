@@ -65,6 +65,9 @@ class Metrics:
     def _make_memory_metrics(self) -> None:
         self._kv_used = self._gauge("kv_blocks_used", "KV blocks held by sequences.")
         self._kv_blocks = self._gauge("kv_blocks", "KV blocks there are.")
+        self._preemptions = self._counter(
+            "preemptions", "Times that a sequence gave up its KV blocks, to be computed again."
+        )
         self._pool_used = self._gauge("adapter_pool_pages_used", "Pages of the adapter pool in use.")
         self._pool_pages = self._gauge("adapter_pool_pages", "Pages of the adapter pool.")
         self._loads = self._counter("adapter_loads", "Adapters brought into the device pool.")
@@ -121,6 +124,9 @@ class Metrics:
     def kv_blocks(self, used: int, total: int) -> None:
         self._kv_used.set(used)
         self._kv_blocks.set(total)
+
+    def preempted(self, times: int) -> None:
+        self._preemptions.inc(times)
 
     def adapter_pool(self, used_pages: int, total_pages: int) -> None:
         self._pool_used.set(used_pages)

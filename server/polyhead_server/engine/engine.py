@@ -79,6 +79,7 @@ class Engine:
             max_adapter_wait_s=config.max_adapter_wait_s,
         )
         self._scheduler = Scheduler(limits, self._blocks, store)
+        self._num_preemptions_told = 0
         self._live: dict[str, LiveRequest] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -283,6 +284,8 @@ class Engine:
     def _observe_queue(self, step: Step) -> None:
         self._metrics.queue(self._scheduler.num_waiting, self._scheduler.num_running)
         self._metrics.kv_blocks(self._blocks.num_used, self._blocks.num_blocks)
+        self._metrics.preempted(self._scheduler.num_preemptions - self._num_preemptions_told)
+        self._num_preemptions_told = self._scheduler.num_preemptions
         for row in step.rows:
             sequence = row.sequence
             is_first = row.start == sequence.num_cached_tokens and sequence.num_output_tokens == 0
