@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ def machine_facts() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def say_if_busy(facts: dict[str, Any]) -> None:
+    """Threads that wait for each other lose most where another process has one of their cores."""
+    if facts["load_average"] > 0.5 * facts["cores"]:
+        print(f"warning: load average {facts['load_average']:.1f} before the start: not to be trusted", file=sys.stderr)
 
 
 def _cpu_model() -> str:

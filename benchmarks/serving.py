@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine_facts
+from machine import machine_facts, say_if_busy
 from serving_load import ServerProcess, all_at_once, closed_loop, open_loop
 from serving_peer import PeftPeer
 from serving_workload import (
@@ -49,6 +49,8 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = _options()
+    machine = machine_facts()
+    say_if_busy(machine)
     began_s = time.monotonic()
     backbone_directory = resolve_source(options.backbone, default_cache_dir())
     with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as folder:
@@ -63,7 +65,7 @@ def main() -> None:
             peers = _run_peers(server, Path(folder), backbone_directory, names, vocab_size, options)
             facts = server.facts
     report = {
-        "machine": machine_facts(),
+        "machine": machine,
         "server": facts,
         "settings": settings,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
@@ -86,10 +88,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quantization", default="int8", choices=("int8", "none"))
     parser.add_argument("--set", action="append", default=[], help="further settings of the server, key=value")
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32], help="numbers of distinct adapters")
-    parser.add_argument("--requests", type=int, default=32, help="requests of one loop")
+    parser.add_argument("--requests", type=int, default=24, help="requests of one loop")
     parser.add_argument("--concurrency", type=int, default=16, help="callers of the closed loop")
     parser.add_argument("--load-fraction", type=float, default=0.6)
-    parser.add_argument("--peer-dtypes", nargs="*", default=["bfloat16"], choices=tuple(PEER_DTYPES))
+    parser.add_argument("--peer-dtypes", nargs="*", default=list(PEER_DTYPES), choices=tuple(PEER_DTYPES))
     parser.add_argument("--peer-output-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -161,10 +163,9 @@ def _run_peers(
     options: argparse.Namespace,
 ) -> list[Row]:
     """Server and peers in turn, the same requests to all of them within one repeat."""
-    systems = {
-        f"peft {dtype}": PeftPeer(backbone_directory, folder, names, PEER_DTYPES[dtype]).generate
-        for dtype in options.peer_dtypes
-    }
+    peers = {dtype: PeftPeer(backbone_directory, folder, names, PEER_DTYPES[dtype]) for dtype in options.peer_dtypes}
+    sample = draw_batch(random.Random(options.seed), list(names[:8]), vocab_size, 1)
+    systems = {f"peft {dtype}, {peer.tune(sample)} threads": peer.generate for dtype, peer in peers.items()}
     rows: list[Row] = []
     for repeat in range(options.repeats):
         rng = random.Random(f"{options.seed}/peer/{repeat}")
