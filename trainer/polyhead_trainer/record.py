@@ -1,25 +1,24 @@
-"""Everything worth keeping of one run, and its form as polyhead_metrics.json. Computes nothing, prints nothing."""
+"""Everything worth keeping of one run, and its form as polyhead_metrics.json. Computes nothing, needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import platform
-import resource
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftModel
-
-from polyhead_core.backbone import Backbone
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedData, hash_files
-from polyhead_trainer.evaluate import Measures
-from polyhead_trainer.loop import StepReport
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from polyhead_core.backbone import Backbone
+    from polyhead_trainer.evaluate import Measures
+    from polyhead_trainer.loop import StepReport
 
 METRICS_FILE = "polyhead_metrics.json"
 SCHEMA = 1
@@ -126,13 +125,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

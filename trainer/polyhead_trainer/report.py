@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
+
+if TYPE_CHECKING:
+    from polyhead_trainer.evaluate import Measures
 
 FORMS = {
     "held_out_loss": ("held-out loss (nats/token)", ".3f"),

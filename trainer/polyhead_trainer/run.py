@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from polyhead_trainer.data import check_disjoint, load_examples
 from polyhead_trainer.loop import count_steps, train
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
-from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, peak_memory_bytes
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +75,10 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunR
     report.print_outcome(console, record)
     console.print(f"adapter {config.output} ({identity[:12]})", highlight=False, soft_wrap=True)
     return RunResult(record=record, content_hash=identity)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
