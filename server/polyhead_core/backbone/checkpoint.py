@@ -78,7 +78,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             return {name: directory / file for name, file in weight_map.items()}
         if single.is_file():
             with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)  # noqa: SIM118 (not a dict)
+                return dict.fromkeys(file.keys(), single)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(f"cannot read the checkpoint in {directory}: {error}") from error
     raise BackboneError(
