@@ -55,6 +55,7 @@ class Int8Linear(nn.Linear):
         self.register_buffer("input_scale", None)
         self.register_buffer("outlier_columns", None)
         self.register_buffer("outlier_weight", None, persistent=False)
+        self._packed: dispatch.PackedLinear | None = None
 
     @classmethod
     def from_weight(
@@ -87,6 +88,7 @@ class Int8Linear(nn.Linear):
         self.input_scale = input_scale_I
         self.outlier_columns = outlier_columns_K
         self.outlier_weight = None if outlier_columns_K is None else weight_OI[:, outlier_columns_K].contiguous()
+        self._packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any float type -> [..., out] of the same type; differentiable in x."""
@@ -95,16 +97,36 @@ class Int8Linear(nn.Linear):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        y = dispatch.int8_linear(
-            x.reshape(-1, self.in_features),
-            self.weight,
-            self.SCB,
-            self.input_scale,
-            self.outlier_columns,
-            self.outlier_weight,
-            self.bias,
-        )
+        rows = x.reshape(-1, self.in_features)
+        packed = self.packed() if x.device.type == "cpu" else None
+        if packed is not None:
+            y = packed.forward(rows)
+        else:
+            y = dispatch.int8_linear(
+                rows, self.weight, self.SCB, self.input_scale, self.outlier_columns, self.outlier_weight, self.bias
+            )
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def packed(self) -> dispatch.PackedLinear | None:
+        """The layer as the CPU's kernels read it, made on first use beside `weight`; None where there are none."""
+        if self._packed is None:
+            self._packed = dispatch.pack_linear(
+                self.weight, self.SCB, self.input_scale, self.outlier_columns, self.bias
+            )
+        return self._packed
+
+    def forget_packed(self) -> None:
+        """Frees the packed copy; the next product makes it anew."""
+        self._packed = None
+
+    def release_weight(self) -> None:
+        """Gives up `weight` once what multiplies has a copy of its own: for serving, where nobody reads it again."""
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+        self.outlier_weight = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles pack their own.
+        return {**self.__dict__, "_packed": None}
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out, in] that this layer stands for."""
@@ -125,6 +147,7 @@ class Int8Linear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         # `.to(dtype)`, `.half()` and the like must not touch the scales: they are part of the int8 format.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._packed = None
         for name in ("SCB", "input_scale"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype != torch.float32:

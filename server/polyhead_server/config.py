@@ -47,6 +47,8 @@ class ServerConfig:
     """Tokens in one KV block."""
     kv_cache_bytes: int = 1 << 30
     """Memory of the KV cache."""
+    kv_dtype: str = "auto"
+    """Type of cached keys and values: `float32`, `bfloat16`; auto: bfloat16 with int8 weights, else `dtype`."""
     prefix_caching: bool = True
     """Reuse KV blocks of equal prefixes of the same tenant and adapter."""
     adapter_pool_bytes: int = 256 << 20
@@ -69,6 +71,8 @@ class ServerConfig:
     """After SIGTERM, how long running requests may take to finish."""
     metrics_max_adapter_labels: int = 100
     """Adapters with counters of their own; all others share the label `other`."""
+    fuse_layers: bool = True
+    """Run decoder layers of the common form as one fused call where the device has one (int8 on the CPU)."""
     num_threads: int = 0
     """Compute threads; 0: as torch chooses."""
     check_integrity: bool = False
@@ -81,6 +85,7 @@ class ServerConfig:
 
         check("quantization", self.quantization in ("int8", "none"), "int8 or none")
         check("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        check("kv_dtype", self.kv_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         check("adapter_dtype", self.adapter_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         for name in ("listen", "metrics"):
             value = getattr(self, name)

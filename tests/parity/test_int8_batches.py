@@ -65,7 +65,7 @@ def alone(served: tuple[Path, Path, Path]) -> Iterator[list[tuple[list[int], lis
         pytest.param({}, id="one batch"),
         pytest.param({"max_batch_tokens": 16}, id="small chunks"),
         pytest.param({"max_batch_rows": 3, "kv_block_size": 4}, id="few rows, small blocks"),
-        pytest.param({"kv_cache_bytes": 24 * 16 * 3 * 2 * 2 * 16 * 4}, id="24 blocks: preemption"),
+        pytest.param({"kv_cache_bytes": 24 * 16 * 3 * 2 * 2 * 16 * 2}, id="24 blocks: preemption"),
         pytest.param({"max_resident_adapters": 2}, id="six adapters in two slots"),
     ],
 )

@@ -5,7 +5,7 @@ Float activations of other types than float32 are computed in float32 and rounde
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,32 @@ def _cpu(tensor: Tensor) -> Any | None:
     return build.load()
 
 
+class PackedLinear(Protocol):
+    """A frozen int8 linear layer in the order in which this machine's products read it."""
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """float [T, in] -> float32 [T, out], as reference.int8_linear."""
+        ...
+
+    def num_bytes(self) -> int: ...
+
+
+def pack_linear(
+    weight_OI: Tensor,
+    absmax_O: Tensor,
+    input_scale_I: Tensor | None = None,
+    outlier_columns_K: Tensor | None = None,
+    bias_O: Tensor | None = None,
+) -> PackedLinear | None:
+    """A copy of the layer for the CPU's kernels; None on a device that has no need of one."""
+    if _cpu(weight_OI) is None:
+        return None
+    packed: PackedLinear = torch.classes.polyhead_cpu.PackedLinear(
+        weight_OI.contiguous(), absmax_O, input_scale_I, outlier_columns_K, bias_O
+    )
+    return packed
+
+
 def int8_linear(
     x_TI: Tensor,
     weight_OI: Tensor,
@@ -34,10 +60,7 @@ def int8_linear(
     """See reference.int8_linear; x may be of any float type, the result is float32 [T, O]."""
     if x_TI.shape[0] == 0:  # a step that only prefills wants no logits
         return x_TI.new_empty(0, weight_OI.shape[0], dtype=torch.float32)
-    kernels = _cpu(x_TI)
-    function = reference.int8_linear if kernels is None else kernels.int8_linear
-    result: Tensor = function(x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O)
-    return result
+    return reference.int8_linear(x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O)
 
 
 def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> Tensor:

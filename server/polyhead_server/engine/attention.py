@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,33 @@ BATCH_ARGUMENT = "polyhead_batch"
 """The keyword under which a StepBatch travels through the model's forward to its attention layers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionFacts:
+    """What one layer asks of attention."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    scale: float
+    sliding_window: int
+    """Keys that a token sees, itself included; 0: all."""
+    softcap: float
+    """0: none."""
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, settings: Mapping[str, Any]) -> AttentionFacts:
+        """From what transformers hands to an attention function: query [1, H, T, D], key [1, G, T, D], keywords."""
+        scaling = settings.get("scaling")
+        return cls(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_width=key.shape[3],
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            sliding_window=settings.get("sliding_window") or 0,
+            softcap=settings.get("softcap") or 0.0,
+        )
+
+
 def register() -> None:
     """Makes the function known to transformers. No mask is built: the page tables say what a token may see."""
     AttentionInterface.register(NAME, paged_attention_forward)
@@ -23,22 +52,14 @@ def register() -> None:
 
 
 def paged_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """Writes this step's keys and values into their pages, then attends over the pages.
 
     query [1, H, T, D], key and value [1, G, T, D], already rotated; returns [1, T, H, D] and no weights.
     """
-    batch: StepBatch = kwargs[BATCH_ARGUMENT]
+    batch: StepBatch = settings[BATCH_ARGUMENT]
+    facts = AttentionFacts.of(query, key, settings)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = batch.kv.keys[layer], batch.kv.values[layer]
     dispatch.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, batch.slot_mapping)
@@ -49,8 +70,8 @@ def paged_attention_forward(
         batch.block_tables,
         batch.sequence,
         batch.positions,
-        scaling if scaling is not None else query.shape[-1] ** -0.5,
-        sliding_window or 0,
-        softcap or 0.0,
+        facts.scale,
+        facts.sliding_window,
+        facts.softcap,
     )
     return out_THD.unsqueeze(0), None

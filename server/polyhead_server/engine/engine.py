@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polyhead_core.backbone import Backbone
+from polyhead_core.backbone import DTYPES, Backbone
 from polyhead_core.errors import Draining, EngineFailure, PolyheadError, RequestCancelled
 from polyhead_server.config import ServerConfig
 from polyhead_server.engine.batch import BatchRow
@@ -67,7 +67,13 @@ class Engine:
         self._config = config
         self._store = store
         self._metrics = metrics
-        self._runner = Runner(backbone, block_size=config.kv_block_size, kv_cache_bytes=config.kv_cache_bytes)
+        self._runner = Runner(
+            backbone,
+            block_size=config.kv_block_size,
+            kv_cache_bytes=config.kv_cache_bytes,
+            kv_dtype=None if config.kv_dtype == "auto" else DTYPES[config.kv_dtype],
+            fuse=config.fuse_layers,
+        )
         self._eos_token_ids = backbone.eos_token_ids
         self._decoder = backbone.tokenizer.backend_tokenizer
         self._blocks = BlockManager(self._runner.kv.num_blocks, config.kv_block_size, config.prefix_caching)

@@ -15,7 +15,9 @@ from polyhead_core.backbone import Backbone
 from polyhead_core.errors import BackboneError
 from polyhead_core.kernels.tables import AdapterTables
 from polyhead_server.engine import attention
+from polyhead_server.engine.attention import AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
+from polyhead_server.engine.fused_decoder import fuse_decoder
 from polyhead_server.engine.site_modules import CurrentStep, attach
 from polyhead_server.kvcache.pool import KVPool, KVShape
 
@@ -23,15 +25,27 @@ from polyhead_server.kvcache.pool import KVPool, KVShape
 class Runner:
     """The swapped model and its KV pool. Not thread-safe: the engine's thread alone calls it."""
 
-    def __init__(self, backbone: Backbone, *, block_size: int, kv_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        block_size: int,
+        kv_cache_bytes: int,
+        kv_dtype: torch.dtype | None = None,
+        fuse: bool = True,
+    ) -> None:
+        """`kv_dtype` None: bfloat16 with int8 weights, else the backbone's own. `fuse`: see fused_decoder.py."""
         self.backbone = backbone
         self._step = CurrentStep()
-        layers = probe_attention(backbone)
-        shape = KVShape(layers=layers, block_size=block_size, dtype=backbone.dtype)
-        self.kv = KVPool(shape, kv_cache_bytes, backbone.device)
+        self.attention = probe_attention(backbone)
+        if kv_dtype is None:
+            kv_dtype = torch.bfloat16 if backbone.quantization == "int8" else backbone.dtype
+        layers = tuple((layer.kv_heads, layer.head_width) for layer in self.attention)
+        self.kv = KVPool(KVShape(layers=layers, block_size=block_size, dtype=kv_dtype), kv_cache_bytes, backbone.device)
         attention.register()
         backbone.model.set_attn_implementation(attention.NAME)
         attach(backbone.model, backbone.sites, self._step)
+        self.num_fused_layers = fuse_decoder(backbone, self.attention, self.kv) if fuse else 0
 
     def prepare(self, rows: Sequence[BatchRow], tables: AdapterTables) -> StepBatch:
         return build_batch(rows, tables, self.kv, self.backbone.device)
@@ -55,18 +69,20 @@ class Runner:
 
 
 @torch.inference_mode()
-def probe_attention(backbone: Backbone) -> tuple[tuple[int, int], ...]:
-    """(key/value heads, head width) of each layer, seen by running one token through an attention function of our own.
+def probe_attention(backbone: Backbone) -> tuple[AttentionFacts, ...]:
+    """What each layer asks of attention, seen by running one token through an attention function of our own.
 
     Raises BackboneError for a model whose attention does not go through transformers' attention interface: some
     architectures ignore it silently and would be computed without any KV cache.
     """
-    seen: dict[int, tuple[int, int]] = {}
+    seen: dict[int, AttentionFacts] = {}
 
-    def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def record(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **settings: Any
+    ) -> tuple[Tensor, None]:
         if key.shape != value.shape:
             raise BackboneError(f"{backbone.architecture} has keys and values of different widths: not supported")
-        seen[int(module.layer_idx)] = (key.shape[1], key.shape[3])
+        seen[int(module.layer_idx)] = AttentionFacts.of(query, key, settings)
         return query.transpose(1, 2), None
 
     name = "polyhead_probe"

@@ -36,11 +36,16 @@ class KVPool:
                 f"{shape.bytes_per_block} bytes"
             )
 
-        def pages(heads: int, width: int) -> Tensor:
-            return torch.zeros(self.num_blocks, heads, shape.block_size, width, dtype=shape.dtype, device=device)
+        def pages(heads: int, *block: int) -> Tensor:
+            return torch.zeros(self.num_blocks, heads, *block, dtype=shape.dtype, device=device)
 
-        self.keys = [pages(*layer) for layer in shape.layers]
-        self.values = [pages(*layer) for layer in shape.layers]
+        size = shape.block_size
+        # On the CPU a block's keys lie transposed, so that one vector load takes the same element of several keys.
+        if device.type == "cpu":
+            self.keys = [pages(heads, width, size).transpose(2, 3) for heads, width in shape.layers]
+        else:
+            self.keys = [pages(heads, size, width) for heads, width in shape.layers]
+        self.values = [pages(heads, size, width) for heads, width in shape.layers]
 
     @property
     def num_bytes(self) -> int:

@@ -19,7 +19,8 @@ from polyhead_core.paths import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "kernels.cpp"
 # -fopenmp for the compiler only: the symbols resolve to the OpenMP runtime that torch has loaded. Linking another one
 # would put two thread pools on the same cores.
 _FLAGS = [
@@ -71,7 +72,9 @@ def _build(library: Path) -> None:
 
 
 def _build_key() -> str:
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in sorted([_SOURCE, *_FOLDER.glob("*.h")]):
+        digest.update(source.read_bytes())
     for text in (torch.__version__, platform.machine(), _cpu_features(), " ".join(_FLAGS)):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]

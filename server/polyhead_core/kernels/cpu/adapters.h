@@ -1,0 +1,197 @@
+// Low-rank products of many adapters in one batch: y += B^T (A x) over the rank pages of each row's slot.
+//
+// Rows are sorted by slot, so that a page is read once for all rows of its adapter. Two halves with a barrier between
+// them: `shrink` makes h = A x, `expand` adds B^T h to a range of columns. Each row's sums are in an order of its own.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "team.h"
+#include "vector.h"
+
+namespace polyhead {
+
+constexpr int64_t RANKS_PER_PAGE = 8;
+constexpr int64_t UNIT = 64;
+
+// tables.py:AdapterTables.
+struct AdapterTables {
+  at::Tensor arena, num_pages, pages, bias;
+
+  AdapterTables(const at::Tensor& arena_, const at::Tensor& num_pages_, const at::Tensor& pages_, const at::Tensor& bias_)
+      : arena(arena_), num_pages(num_pages_), pages(pages_), bias(bias_) {
+    TORCH_CHECK(arena.scalar_type() == at::kFloat || arena.scalar_type() == at::kBFloat16,
+                "the arena must be float32 or bfloat16");
+    for (const at::Tensor& table : {num_pages, pages, bias})
+      TORCH_CHECK(table.scalar_type() == at::kInt && table.is_contiguous(), "page tables must be contiguous int32");
+  }
+
+  int64_t max_pages() const { return pages.size(2); }
+  int64_t count(int64_t slot, int64_t site) const {
+    return num_pages.const_data_ptr<int32_t>()[slot * num_pages.size(1) + site];
+  }
+  const int32_t* page(int64_t slot, int64_t site, int64_t p) const {
+    return pages.const_data_ptr<int32_t>() + ((slot * num_pages.size(1) + site) * max_pages() + p) * 2;
+  }
+  int64_t bias_unit(int64_t slot, int64_t site) const {
+    return bias.const_data_ptr<int32_t>()[slot * num_pages.size(1) + site];
+  }
+
+  template <typename F>
+  void with_arena(const F& run) const {
+    if (arena.scalar_type() == at::kFloat) run(arena.const_data_ptr<float>());
+    else run(arena.const_data_ptr<BFloat16>());
+  }
+};
+
+// The rows of one slot: order[begin..end).
+struct SlotGroup {
+  int64_t slot, begin, end;
+};
+
+struct SlotGroups {
+  std::vector<int64_t> order;
+  std::vector<SlotGroup> groups;  // without slot -1
+
+  SlotGroups(const int32_t* slots, int64_t rows) : order(rows) {
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t slot = slots[order[i]];
+      if (slot < 0) continue;
+      if (groups.empty() || groups.back().slot != slot) groups.push_back({slot, i, i});
+      groups.back().end = i + 1;
+    }
+  }
+};
+
+// A site whose outputs are the columns [column, column + width) of a layer's result.
+struct SitePart {
+  int64_t site, column, width;
+};
+
+// h of the sites that read one input: [row, part, page * RANKS_PER_PAGE].
+struct Shrunk {
+  int64_t parts = 0, ranks = 0;
+  std::vector<float> values;
+
+  void resize(int64_t rows, int64_t parts_, int64_t max_pages) {
+    parts = parts_, ranks = max_pages * RANKS_PER_PAGE;
+    if (static_cast<int64_t>(values.size()) < rows * parts * ranks) values.resize(rows * parts * ranks);
+  }
+  float* at(int64_t row, int64_t part, int64_t page) {
+    return values.data() + (row * parts + part) * ranks + page * RANKS_PER_PAGE;
+  }
+};
+
+inline bool acts(const AdapterTables& tables, const SlotGroups& rows, const std::vector<SitePart>& parts) {
+  for (const SlotGroup& group : rows.groups)
+    for (const SitePart& part : parts)
+      if (tables.count(group.slot, part.site) > 0 || tables.bias_unit(group.slot, part.site) >= 0) return true;
+  return false;
+}
+
+template <typename A>
+void shrink_page(const A* a, const float* x, int64_t in, const std::vector<int64_t>& order, const SlotGroup& group,
+                 Shrunk& h, int64_t part, int64_t page) {
+  for (int64_t i = group.begin; i < group.end; ++i) {
+    const int64_t row = order[i];
+    float* to = h.at(row, part, page);
+    dots<4>(a, in, x + row * in, in, to);
+    dots<4>(a + 4 * in, in, x + row * in, in, to + 4);
+  }
+}
+
+// x [rows, in]; this member's share of h.
+template <typename A>
+void shrink(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
+            const float* x, int64_t in, Shrunk& h, const Member& member) {
+  int64_t item = 0;
+  for (const SlotGroup& group : rows.groups)
+    for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
+      const int64_t site = parts[part].site, count = tables.count(group.slot, site);
+      for (int64_t page = 0; page < count; ++page)
+        if (item++ % member.size == member.rank)
+          shrink_page(arena + tables.page(group.slot, site, page)[0] * UNIT, x, in, rows.order, group, h, part, page);
+    }
+}
+
+// y[0..size) += sum_r h[r] b[r], with b's rows `stride` apart.
+template <typename A>
+inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size) {
+  int64_t o = 0;
+  for (; o + WIDTH <= size; o += WIDTH) {
+    Floats to = load(y + o);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) to = fma(splat(h[r]), load(b + r * stride + o), to);
+    store(y + o, to);
+  }
+  for (; o < size; ++o)
+    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) y[o] = __builtin_fmaf(h[r], to_float(b[r * stride + o]), y[o]);
+}
+
+// Adds to the columns [first, last) of y [rows, y_stride].
+template <typename A>
+void expand(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
+            Shrunk& h, float* y, int64_t y_stride, int64_t first, int64_t last) {
+  for (const SlotGroup& group : rows.groups)
+    for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
+      const SitePart& at = parts[part];
+      const int64_t begin = std::max(first, at.column), end = std::min(last, at.column + at.width);
+      if (begin >= end) continue;
+      const int64_t offset = begin - at.column, size = end - begin;
+      const int64_t count = tables.count(group.slot, at.site);
+      for (int64_t page = 0; page < count; ++page) {
+        const A* b = arena + tables.page(group.slot, at.site, page)[1] * UNIT + offset;
+        for (int64_t i = group.begin; i < group.end; ++i) {
+          const int64_t row = rows.order[i];
+          expand_row(y + row * y_stride + begin, h.at(row, part, page), b, at.width, size);
+        }
+      }
+      const int64_t unit = tables.bias_unit(group.slot, at.site);
+      if (unit < 0) continue;
+      const A* bias = arena + unit * UNIT + offset;
+      for (int64_t i = group.begin; i < group.end; ++i) {
+        float* to = y + rows.order[i] * y_stride + begin;
+        for (int64_t o = 0; o < size; ++o) to[o] += to_float(bias[o]);
+      }
+    }
+}
+
+// y [rows, out] += the products of one site; x [rows, in].
+inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const float* x, int64_t rows,
+                              int64_t in, float* y, int64_t out) {
+  const SlotGroups groups(slots, rows);
+  const std::vector<SitePart> parts{{site, 0, out}};
+  if (!acts(tables, groups, parts)) return;
+  Shrunk h;
+  h.resize(rows, 1, tables.max_pages());
+  tables.with_arena([&](const auto* arena) {
+    with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
+      shrink(tables, arena, groups, parts, x, in, h, member);
+      member.wait();
+      const auto [first, last] = member.share(out, WIDTH);
+      expand(tables, arena, groups, parts, h, y, out, first, last);
+    });
+  });
+}
+
+// y[t] += B^T A[token[t]] at the embedding site, whose A pages are [vocab, 8].
+inline void embedding_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const int64_t* ids,
+                               int64_t rows, float* y, int64_t out) {
+  tables.with_arena([&](const auto* arena) {
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t slot = slots[t], count = slot < 0 ? 0 : tables.count(slot, site);
+      for (int64_t p = 0; p < count; ++p) {
+        const int32_t* units = tables.page(slot, site, p);
+        float h[RANKS_PER_PAGE];
+        for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) h[r] = to_float(arena[units[0] * UNIT + ids[t] * RANKS_PER_PAGE + r]);
+        expand_row(y + t * out, h, arena + units[1] * UNIT, out, out);
+      }
+    }
+  });
+}
+
+}  // namespace polyhead

@@ -1,0 +1,252 @@
+// A run of decoder layers of the common form as one call: norm, q/k/v, rotary, KV write, attention, output, norm, gated MLP,
+// with the adapters' products at each linear layer. One parallel region for all layers; phases end at barriers.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "adapters.h"
+#include "attention.h"
+#include "int8.h"
+
+namespace polyhead {
+
+using LinearPtr = c10::intrusive_ptr<PackedLinear>;
+
+struct FusedLinear {
+  LinearPtr linear;
+  std::vector<SitePart> parts;
+};
+
+struct DecoderLayer {
+  at::Tensor input_norm, post_norm;  // [hidden]
+  at::Tensor q_norm, k_norm;         // [head width], or empty
+  FusedLinear qkv, output, gate_up, down;
+  LayerPages pages;
+  float scale, softcap;
+  int64_t window;
+};
+
+// One step's rows, as StepBatch lays them out.
+struct Rows {
+  int64_t count;
+  const float *cos, *sin;  // [rows, rotary_width]
+  int64_t rotary_width;
+  const int64_t *positions, *slot_mapping;
+  const int32_t* block_tables;
+  int64_t max_blocks;
+  std::vector<QueryTile> tiles;
+  SlotGroups groups;
+};
+
+enum class Activation : int64_t { SILU = 0, GELU_TANH = 1 };
+
+struct DecoderStack : torch::CustomClassHolder {
+  DecoderStack(int64_t hidden_, int64_t heads_, int64_t kv_heads_, int64_t width_, double eps_, int64_t activation_)
+      : hidden(hidden_), heads(heads_), kv_heads(kv_heads_), width(width_), eps(static_cast<float>(eps_)),
+        activation(static_cast<Activation>(activation_)) {
+    TORCH_CHECK(activation_ == 0 || activation_ == 1, "activation must be 0 (silu) or 1 (gelu, tanh)");
+    TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " heads over ", kv_heads, " key/value heads");
+  }
+
+  // `sites`: those of q, k, v, o, gate, up, down.
+  void add_layer(const at::Tensor& input_norm, const at::Tensor& post_norm, const at::Tensor& q_norm,
+                 const at::Tensor& k_norm, const LinearPtr& qkv, const LinearPtr& output, const LinearPtr& gate_up,
+                 const LinearPtr& down, const at::Tensor& key_pages, const at::Tensor& value_pages, double scale,
+                 int64_t window, double softcap, const std::vector<int64_t>& sites) {
+    const int64_t q = heads * width, kv = kv_heads * width, inner = down->in;
+    TORCH_CHECK(sites.size() == 7, "seven sites a layer");
+    TORCH_CHECK(qkv->in == hidden && qkv->out == q + 2 * kv && output->in == q && output->out == hidden &&
+                gate_up->in == hidden && gate_up->out == 2 * inner && down->out == hidden, "layers do not fit together");
+    TORCH_CHECK(key_pages.size(1) == kv_heads && key_pages.size(3) == width, "pages do not fit the heads");
+    keys_are_transposed(key_pages, value_pages);  // refuses other layouts
+    for (const at::Tensor& norm : {input_norm, post_norm})
+      TORCH_CHECK(norm.numel() == hidden && norm.scalar_type() == at::kFloat && norm.is_contiguous(), "norm weights");
+    for (const at::Tensor& norm : {q_norm, k_norm})
+      TORCH_CHECK((norm.numel() == 0 || norm.numel() == width) && norm.scalar_type() == at::kFloat, "head norm weights");
+    layers.push_back({input_norm, post_norm, q_norm, k_norm,
+                      {qkv, {{sites[0], 0, q}, {sites[1], q, kv}, {sites[2], q + kv, kv}}},
+                      {output, {{sites[3], 0, hidden}}},
+                      {gate_up, {{sites[4], 0, inner}, {sites[5], inner, inner}}},
+                      {down, {{sites[6], 0, hidden}}},
+                      {key_pages, value_pages}, static_cast<float>(scale), static_cast<float>(softcap), window});
+  }
+
+  // x [T, hidden] float32 -> the output of the layers [first, last), in place.
+  void forward(int64_t first, int64_t last, at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& positions,
+               const at::Tensor& sequence, const at::Tensor& block_tables, const at::Tensor& slot_mapping,
+               const at::Tensor& slots, const at::Tensor& arena, const at::Tensor& num_pages, const at::Tensor& pages,
+               const at::Tensor& bias) {
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2 && x.size(1) == hidden,
+                "the decoder reads contiguous float32 [tokens, ", hidden, "]");
+    TORCH_CHECK(0 <= first && first <= last && last <= static_cast<int64_t>(layers.size()), "no layers ", first, " to ", last);
+    const int64_t rows = x.size(0);
+    for (const at::Tensor& table : {cos, sin})
+      TORCH_CHECK(table.scalar_type() == at::kFloat && table.is_contiguous() && table.size(0) == rows &&
+                  table.size(1) % 2 == 0 && table.size(1) <= width, "rotary tables");
+    TORCH_CHECK(positions.numel() == rows && sequence.numel() == rows && slot_mapping.numel() == rows &&
+                slots.numel() == rows, "one position, sequence, KV slot and adapter slot for each token");
+    const AdapterTables tables(arena, num_pages, pages, bias);
+    const int64_t* position = positions.const_data_ptr<int64_t>();
+    const Rows batch{rows, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1), position,
+                     slot_mapping.const_data_ptr<int64_t>(), block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
+                     query_tiles(sequence.const_data_ptr<int32_t>(), position, rows),
+                     SlotGroups(slots.const_data_ptr<int32_t>(), rows)};
+    reserve(rows, tables.max_pages());
+    next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size());
+    float* data = x.data_ptr<float>();
+    tables.with_arena([&](const auto* weights) {
+      with_team(rows * hidden < 64, [&](const Member& member) {
+        std::vector<float> scratch(std::max(hidden, inner_width()));
+        AttentionScratch attention;
+        for (int64_t index = first; index < last; ++index)
+          run_layer(index, data, batch, tables, weights, scratch.data(), attention, member);
+      });
+    });
+  }
+
+  int64_t num_bytes() const {
+    int64_t total = 0;
+    for (const DecoderLayer& layer : layers)
+      total += layer.input_norm.nbytes() + layer.post_norm.nbytes() + layer.q_norm.nbytes() + layer.k_norm.nbytes() +
+               layer.qkv.linear->num_bytes() + layer.output.linear->num_bytes() + layer.gate_up.linear->num_bytes() +
+               layer.down.linear->num_bytes();
+    return total;
+  }
+
+ private:
+  int64_t hidden, heads, kv_heads, width;
+  float eps;
+  Activation activation;
+  std::vector<DecoderLayer> layers;
+  std::unique_ptr<std::atomic<int64_t>[]> next_tile;
+  QuantizedRows quantized;
+  Shrunk shrunk;
+  std::vector<float> normed, qkv_rows, attended, gate_up_rows, activated;
+
+  int64_t inner_width() const {
+    int64_t widest = heads * width;
+    for (const DecoderLayer& layer : layers) widest = std::max(widest, layer.down.linear->in);
+    return widest;
+  }
+
+  void reserve(int64_t rows, int64_t max_pages) {
+    int64_t row_bytes = 0, qkv = 0, gate_up = 0;
+    for (const DecoderLayer& layer : layers) {
+      for (const FusedLinear* one : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
+        row_bytes = std::max(row_bytes, one->linear->row_bytes());
+      qkv = std::max(qkv, layer.qkv.linear->out);
+      gate_up = std::max(gate_up, layer.gate_up.linear->out);
+    }
+    quantized.resize(rows, row_bytes);
+    shrunk.resize(rows, 3, max_pages);
+    const auto grow = [&](std::vector<float>& buffer, int64_t columns) {
+      if (static_cast<int64_t>(buffer.size()) < rows * columns) buffer.resize(rows * columns);
+    };
+    grow(normed, hidden);
+    grow(qkv_rows, qkv);
+    grow(attended, heads * width);
+    grow(gate_up_rows, gate_up);
+    grow(activated, gate_up / 2);
+  }
+
+  // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form.
+  template <typename A>
+  void product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
+               const AdapterTables& tables, const A* arena, const Member& member) {
+    const PackedLinear& linear = *one.linear;
+    const bool adapted = acts(tables, rows.groups, one.parts);
+    if (adapted) shrink(tables, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
+    const auto [first, last] = member.share(linear.num_panels());
+    multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
+    if (adapted) {
+      member.wait();
+      const int64_t end = std::min(last * PANEL, linear.out);
+      expand(tables, arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
+    }
+    member.wait();
+  }
+
+  template <typename A>
+  void run_layer(int64_t index, float* x, const Rows& rows, const AdapterTables& tables, const A* arena, float* scratch,
+                 AttentionScratch& attention, const Member& member) {
+    const DecoderLayer& layer = layers[index];
+    const auto [begin, end] = member.share(rows.count);
+    norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
+    member.wait();
+    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, tables, arena, member);
+    layer.pages.with_data([&](const auto* keys, const auto* values) {
+      for (int64_t r = begin; r < end; ++r) rotate_and_write(layer, keys, values, rows, r);
+    });
+    member.wait();
+    const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
+                               layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
+    attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.block_tables, rows.positions, rows.tiles, shape,
+                 next_tile[index], attention, attended.data());
+    member.wait();
+    for (int64_t r = begin; r < end; ++r)
+      quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
+    member.wait();
+    product(layer.output, attended.data(), x, true, rows, tables, arena, member);
+    norm_rows(layer.post_norm, *layer.gate_up.linear, x, begin, end, scratch);
+    member.wait();
+    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, tables, arena, member);
+    for (int64_t r = begin; r < end; ++r) activate(layer, r, scratch);
+    member.wait();
+    product(layer.down, activated.data(), x, true, rows, tables, arena, member);
+  }
+
+  void norm_rows(const at::Tensor& weight, const PackedLinear& linear, const float* x, int64_t begin, int64_t end,
+                 float* scratch) {
+    for (int64_t r = begin; r < end; ++r) {
+      float* to = normed.data() + r * hidden;
+      rms_norm(x + r * hidden, weight.const_data_ptr<float>(), eps, hidden, to);
+      quantize(linear, to, scratch, quantized, r);
+    }
+  }
+
+  void activate(const DecoderLayer& layer, int64_t r, float* scratch) {
+    const int64_t inner = layer.down.linear->in;
+    const float *gate = gate_up_rows.data() + r * 2 * inner, *up = gate + inner;
+    float* to = activated.data() + r * inner;
+    if (activation == Activation::SILU)
+      for (int64_t i = 0; i < inner; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    else
+      for (int64_t i = 0; i < inner; ++i) to[i] = gelu_tanh(gate[i]) * up[i];
+    quantize(*layer.down.linear, to, scratch, quantized, r);
+  }
+
+  // Rotates by halves (Su et al. 2021, as GPT-NeoX lays it out): the first rotary_width elements of each head.
+  void rotate(const at::Tensor& norm, const float* cos, const float* sin, int64_t rotary_width, float* head) const {
+    if (norm.numel()) rms_norm(head, norm.const_data_ptr<float>(), eps, width, head);
+    const int64_t half = rotary_width / 2;
+    for (int64_t d = 0; d < half; ++d) {
+      const float a = head[d], b = head[d + half];
+      head[d] = a * cos[d] - b * sin[d];
+      head[d + half] = b * cos[d + half] + a * sin[d + half];
+    }
+  }
+
+  template <typename K>
+  void rotate_and_write(const DecoderLayer& layer, const K*, const K*, const Rows& rows, int64_t r) {
+    const float *cos = rows.cos + r * rows.rotary_width, *sin = rows.sin + r * rows.rotary_width;
+    float* row = qkv_rows.data() + r * layer.qkv.linear->out;
+    for (int64_t h = 0; h < heads; ++h) rotate(layer.q_norm, cos, sin, rows.rotary_width, row + h * width);
+    const at::Tensor &keys = layer.pages.keys, &values = layer.pages.values;
+    K* key_data = static_cast<K*>(keys.data_ptr());
+    K* value_data = static_cast<K*>(values.data_ptr());
+    const int64_t block = keys.size(2), at = rows.slot_mapping[r];
+    for (int64_t g = 0; g < kv_heads; ++g) {
+      float* key = row + (heads + g) * width;
+      const float* value = row + (heads + kv_heads + g) * width;
+      rotate(layer.k_norm, cos, sin, rows.rotary_width, key);
+      const int64_t page = (at / block * kv_heads + g) * block * width, offset = at % block;
+      K *k = key_data + page + offset * keys.stride(2), *v = value_data + page + offset * width;
+      const int64_t stride = keys.stride(3);
+      for (int64_t d = 0; d < width; ++d) k[d * stride] = static_cast<K>(key[d]);
+      for (int64_t d = 0; d < width; ++d) v[d] = static_cast<K>(value[d]);
+    }
+  }
+};
+
+}  // namespace polyhead

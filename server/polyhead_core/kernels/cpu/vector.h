@@ -1,0 +1,164 @@
+// Float vectors and small row functions, in the widest form the processor has. Chosen by the compiler's target, which is
+// the machine itself: the library is built where it runs.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace polyhead {
+
+using BFloat16 = at::BFloat16;
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+constexpr int64_t WIDTH = 16;
+using Floats = __m512;
+
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats load(const BFloat16* from) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int64_t WIDTH = 8;
+using Floats = __m256;
+
+inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Floats load(const BFloat16* from) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+inline Floats splat(float x) { return _mm256_set1_ps(x); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Floats x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+#else  // any other processor, by the compiler's own vectors
+
+constexpr int64_t WIDTH = 4;
+typedef float Floats __attribute__((vector_size(16)));
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+inline Floats load(const BFloat16* from) { return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])}; }
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline Floats splat(float x) { return Floats{x, x, x, x}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+  for (int64_t i = 0; i < WIDTH; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+inline float sum(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+#endif
+
+// Sums of `R` rows of `a`, which lie `stride` apart, times x. Two accumulators a row; the order depends on `size` alone.
+template <int R, typename A>
+inline void dots(const A* a, int64_t stride, const float* x, int64_t size, float* out) {
+  Floats even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
+    const Floats x0 = load(x + i), x1 = load(x + i + WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      even[r] = fma(load(a + r * stride + i), x0, even[r]);
+      odd[r] = fma(load(a + r * stride + i + WIDTH), x1, odd[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float total = sum(even[r]) + sum(odd[r]);
+    for (int64_t j = i; j < size; ++j) total = __builtin_fmaf(to_float(a[r * stride + j]), x[j], total);
+    out[r] = total;
+  }
+}
+
+// exp(x) for x <= 0 after Cephes' expf: relative error below 2e-7. Written without a call so that it vectorises.
+inline float exp_nonpositive(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float n = std::floor(__builtin_fmaf(x, 1.44269504088896341f, 0.5f));
+  float r = __builtin_fmaf(n, -0.693359375f, x);
+  r = __builtin_fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+  p = __builtin_fmaf(p, r * r, r + 1.0f);
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+inline float sigmoid(float x) {
+  const float e = exp_nonpositive(-std::fabs(x));
+  return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+// gelu with tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+inline float gelu_tanh(float x) {
+  return x * sigmoid(1.5957691216057308f * __builtin_fmaf(0.044715f * x * x, x, x));
+}
+
+// Folds x by `step` in lanes whose number the source fixes, so that the compiler may vectorise without reordering.
+template <typename Step>
+inline float in_lanes(const float* x, int64_t size, float start, const Step& step) {
+  constexpr int64_t LANES = 32;
+  float lanes[LANES];
+  for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] = start;
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES)
+    for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] = step(lanes[lane], x[i + lane]);
+  float total = lanes[0];
+  for (int64_t lane = 1; lane < LANES; ++lane) total = step(total, lanes[lane]);
+  for (; i < size; ++i) total = step(total, x[i]);
+  return total;
+}
+
+inline float largest_magnitude(const float* x, int64_t size) {
+  return in_lanes(x, size, 0.0f, [](float a, float b) {
+    const float magnitude = std::fabs(b);
+    return magnitude > a ? magnitude : a;
+  });
+}
+
+// x / sqrt(mean(x^2) + eps) * weight.
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t size, float* out) {
+  float square = 0;
+  dots<1>(x, 0, x, size, &square);
+  const float inverse = 1.0f / std::sqrt(square / static_cast<float>(size) + eps);
+  for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * inverse);
+}
+
+}  // namespace polyhead
