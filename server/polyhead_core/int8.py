@@ -107,11 +107,11 @@ class Int8Linear(nn.Linear):
             )
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def packed(self) -> dispatch.PackedLinear | None:
+    def packed(self, *, lasting: bool = False) -> dispatch.PackedLinear | None:
         """The layer as the CPU's kernels read it, made on first use beside `weight`; None where there are none."""
         if self._packed is None:
             self._packed = dispatch.pack_linear(
-                self.weight, self.SCB, self.input_scale, self.outlier_columns, self.bias
+                self.weight, self.SCB, self.input_scale, self.outlier_columns, self.bias, lasting=lasting
             )
         return self._packed
 

@@ -38,12 +38,17 @@ def pack_linear(
     input_scale_I: Tensor | None = None,
     outlier_columns_K: Tensor | None = None,
     bias_O: Tensor | None = None,
+    *,
+    lasting: bool = False,
 ) -> PackedLinear | None:
-    """A copy of the layer for the CPU's kernels; None on a device that has no need of one."""
+    """A copy of the layer for the CPU's kernels; None on a device that has no need of one.
+
+    `lasting`: on huge pages, which it shares with others of its kind until the last of them is gone.
+    """
     if _cpu(weight_OI) is None:
         return None
     packed: PackedLinear = torch.classes.polyhead_cpu.PackedLinear(
-        weight_OI.contiguous(), absmax_O, input_scale_I, outlier_columns_K, bias_O
+        weight_OI.contiguous(), absmax_O, input_scale_I, outlier_columns_K, bias_O, lasting
     )
     return packed
 
@@ -117,6 +122,13 @@ def paged_attention(
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
     """See reference.write_kv: an indexed copy, the same on every device."""
     reference.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Asks the system for huge pages under a large tensor that is not yet written to; does nothing elsewhere."""
+    kernels = _cpu(tensor)
+    if kernels is not None:
+        kernels.advise_huge_pages(tensor)
 
 
 def is_accelerated(device: torch.device) -> bool:

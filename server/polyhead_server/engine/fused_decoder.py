@@ -51,20 +51,32 @@ class CommonLayer:
     activation: int
 
 
-def fuse_decoder(backbone: Backbone, attention: Sequence[AttentionFacts], kv: KVPool) -> int:
-    """Swaps the forwards of the decoder's layers for the fused call where that is possible; returns how many were.
+class FusedDecoder:
+    """The fused layers of one backbone."""
+
+    def __init__(self, stack: Any, num_layers: int) -> None:
+        self._stack = stack
+        self.num_layers = num_layers
+
+    def take_phase_seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase of the layers since the last call, waits for the other threads included."""
+        return dict(self._stack.take_phase_seconds())
+
+
+def fuse_decoder(backbone: Backbone, attention: Sequence[AttentionFacts], kv: KVPool) -> FusedDecoder | None:
+    """Swaps the forwards of the decoder's layers for the fused call; None where no layer allows it.
 
     The weights of fused layers are handed over to the fused call: nobody else can use them afterwards.
     """
     if backbone.device.type != "cpu" or backbone.quantization != "int8" or backbone.dtype != torch.float32:
-        return 0
+        return None
     if not dispatch.is_accelerated(backbone.device):
-        return 0
+        return None
     path, layers = _decoder_layers(backbone.model, len(attention))
     taken = [take_apart(layer) for layer in layers]
     first = next((one for one in taken if one is not None), None)
     if first is None or any((a.heads, a.kv_heads, a.head_width) != _heads(attention[0]) for a in attention):
-        return 0
+        return None
     _ = backbone.num_bytes  # counted before the weights change hands
     fusion = _Fusion(backbone, path, layers, attention, kv, first)
     return fusion.run([one if one is not None and _alike(one, first) else None for one in taken])
@@ -202,7 +214,7 @@ class _Fusion:
         self._num_in_stack = 0
 
     @torch.no_grad()
-    def run(self, taken: Sequence[CommonLayer | None]) -> int:
+    def run(self, taken: Sequence[CommonLayer | None]) -> FusedDecoder | None:
         batch = self._probe_batch()
         hidden, settings = self._first_layer_input(batch)
         places: list[int | None] = []
@@ -220,7 +232,7 @@ class _Fusion:
         self._swap(places)
         num_fused = sum(place is not None for place in places)
         logger.info("%d of %d decoder layers run as a fused call", num_fused, len(places))
-        return num_fused
+        return FusedDecoder(self._stack, num_fused) if num_fused else None
 
     def _probe_batch(self) -> StepBatch:
         generator = torch.Generator().manual_seed(0)
@@ -320,4 +332,5 @@ def pack_together(linears: Sequence[Int8Linear]) -> Any:
         first.input_scale,
         first.outlier_columns,
         torch.cat(biases) if has_bias else None,
+        lasting=True,
     )

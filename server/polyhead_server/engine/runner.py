@@ -45,7 +45,11 @@ class Runner:
         attention.register()
         backbone.model.set_attn_implementation(attention.NAME)
         attach(backbone.model, backbone.sites, self._step)
-        self.num_fused_layers = fuse_decoder(backbone, self.attention, self.kv) if fuse else 0
+        self.fused = fuse_decoder(backbone, self.attention, self.kv) if fuse else None
+
+    @property
+    def num_fused_layers(self) -> int:
+        return 0 if self.fused is None else self.fused.num_layers
 
     def prepare(self, rows: Sequence[BatchRow], tables: AdapterTables) -> StepBatch:
         return build_batch(rows, tables, self.kv, self.backbone.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead_core.errors import ConfigError
+from polyhead_core.kernels import dispatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,9 @@ class KVPool:
             )
 
         def pages(heads: int, *block: int) -> Tensor:
-            return torch.zeros(self.num_blocks, heads, *block, dtype=shape.dtype, device=device)
+            memory = torch.zeros(self.num_blocks, heads, *block, dtype=shape.dtype, device=device)
+            dispatch.advise_huge_pages(memory)
+            return memory
 
         size = shape.block_size
         # On the CPU a block's keys lie transposed, so that one vector load takes the same element of several keys.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from polyhead_core.kernels import dispatch
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 from polyhead_core.sites import SiteMap
 from polyhead_server.store.packing import PackedAdapter, TableRow, table_row
@@ -37,6 +38,7 @@ class AdapterPool:
             pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
             bias=torch.full(shape, -1, dtype=torch.int32, device=device),
         )
+        dispatch.advise_huge_pages(self.tables.arena)
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]

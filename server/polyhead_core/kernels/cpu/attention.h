@@ -40,6 +40,10 @@ inline std::vector<QueryTile> query_tiles(const int32_t* sequence, const int64_t
   return tiles;
 }
 
+inline void prefetch(const void* data, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(data) + line);
+}
+
 struct AttentionScratch {
   std::vector<float> weights, keys;
 };
@@ -152,6 +156,16 @@ void attend(const float* q, int64_t q_stride, const K* keys, const K* values, co
   const auto result = [&](int64_t i) { return out + (tile.begin + i / group) * row + (g * group + i % group) * s.width; };
   const auto weights = [&](int64_t i) { return scratch.weights.data() + i * length; };
 
+  // Pages lie anywhere, and the processor cannot guess the next one: all key pages, then all value pages, in order.
+  constexpr int64_t PAGES_AHEAD = 3;
+  const int64_t num_blocks = last_block - first_block + 1;
+  const auto prefetch_page = [&](int64_t n) {
+    if (n >= 2 * num_blocks) return;
+    prefetch(n < num_blocks ? page(keys, first_block + n) : page(values, first_block + n - num_blocks),
+             s.page() * sizeof(K));
+  };
+  for (int64_t n = 0; n < PAGES_AHEAD; ++n) prefetch_page(n);
+
   const auto score_block = [&](const auto* block_keys, int64_t offset) {
     int64_t i = 0;
     const auto run = [&]<int Q>() {
@@ -168,6 +182,7 @@ void attend(const float* q, int64_t q_stride, const K* keys, const K* values, co
   for (int64_t block = first_block; block <= last_block; ++block) {
     const K* block_keys = page(keys, block);
     const int64_t offset = (block - first_block) * s.block;
+    prefetch_page(block - first_block + PAGES_AHEAD);
     if constexpr (!std::is_same_v<K, float>) {
       if (num_queries > 4) {  // convert once what many queries read
         scratch.keys.resize(s.page());
@@ -193,6 +208,7 @@ void attend(const float* q, int64_t q_stride, const K* keys, const K* values, co
       const int64_t from = std::max(begin, block * s.block) - block * s.block;
       const int64_t to = std::min(end, (block + 1) * s.block) - block * s.block;
       const K* block_values = page(values, block);
+      if (token == 0) prefetch_page(num_blocks + block - first_block + PAGES_AHEAD);
       int64_t h = 0;
       const auto run = [&]<int Q>() {
         const float* w[Q];

@@ -2,6 +2,8 @@
 // with the adapters' products at each linear layer. One parallel region for all layers; phases end at barriers.
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -37,6 +39,29 @@ struct Rows {
   int64_t max_blocks;
   std::vector<QueryTile> tiles;
   SlotGroups groups;
+};
+
+// Where the time of the first member of the team goes, waiting at barriers included.
+constexpr std::array<const char*, 10> PHASES{
+    "norm, quantise (attention)", "q/k/v product", "rotary, KV write", "attention", "quantise (output)",
+    "output product", "norm, quantise (MLP)", "gate/up product", "activation, quantise", "down product"};
+
+class PhaseClock {
+ public:
+  explicit PhaseClock(bool runs) : runs_(runs) { seconds.fill(0); }
+
+  void start() { last_ = std::chrono::steady_clock::now(); }
+  void lap(size_t phase) {
+    if (!runs_) return;
+    const auto now = std::chrono::steady_clock::now();
+    seconds[phase] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+  std::array<double, PHASES.size()> seconds;
+
+ private:
+  bool runs_;
+  std::chrono::steady_clock::time_point last_;
 };
 
 enum class Activation : int64_t { SILU = 0, GELU_TANH = 1 };
@@ -97,12 +122,24 @@ struct DecoderStack : torch::CustomClassHolder {
     float* data = x.data_ptr<float>();
     tables.with_arena([&](const auto* weights) {
       with_team(rows * hidden < 64, [&](const Member& member) {
-        std::vector<float> scratch(std::max(hidden, inner_width()));
+        QuantizeScratch scratch;
         AttentionScratch attention;
+        PhaseClock clock(member.rank == 0);
+        clock.start();
         for (int64_t index = first; index < last; ++index)
-          run_layer(index, data, batch, tables, weights, scratch.data(), attention, member);
+          run_layer(index, data, batch, tables, weights, scratch, attention, member, clock);
+        if (member.rank == 0)
+          for (size_t phase = 0; phase < PHASES.size(); ++phase) seconds[phase] += clock.seconds[phase];
       });
     });
+  }
+
+  // (phase, seconds since the last call) in the order of a layer.
+  std::vector<std::tuple<std::string, double>> take_phase_seconds() {
+    std::vector<std::tuple<std::string, double>> result;
+    for (size_t phase = 0; phase < PHASES.size(); ++phase) result.emplace_back(PHASES[phase], seconds[phase]);
+    seconds.fill(0);
+    return result;
   }
 
   int64_t num_bytes() const {
@@ -119,16 +156,11 @@ struct DecoderStack : torch::CustomClassHolder {
   float eps;
   Activation activation;
   std::vector<DecoderLayer> layers;
+  std::array<double, PHASES.size()> seconds{};
   std::unique_ptr<std::atomic<int64_t>[]> next_tile;
   QuantizedRows quantized;
   Shrunk shrunk;
   std::vector<float> normed, qkv_rows, attended, gate_up_rows, activated;
-
-  int64_t inner_width() const {
-    int64_t widest = heads * width;
-    for (const DecoderLayer& layer : layers) widest = std::max(widest, layer.down.linear->in);
-    return widest;
-  }
 
   void reserve(int64_t rows, int64_t max_pages) {
     int64_t row_bytes = 0, qkv = 0, gate_up = 0;
@@ -168,36 +200,46 @@ struct DecoderStack : torch::CustomClassHolder {
   }
 
   template <typename A>
-  void run_layer(int64_t index, float* x, const Rows& rows, const AdapterTables& tables, const A* arena, float* scratch,
-                 AttentionScratch& attention, const Member& member) {
+  void run_layer(int64_t index, float* x, const Rows& rows, const AdapterTables& tables, const A* arena, QuantizeScratch& scratch,
+                 AttentionScratch& attention, const Member& member, PhaseClock& clock) {
     const DecoderLayer& layer = layers[index];
     const auto [begin, end] = member.share(rows.count);
     norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
     member.wait();
+    clock.lap(0);
     product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, tables, arena, member);
+    clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) rotate_and_write(layer, keys, values, rows, r);
     });
     member.wait();
+    clock.lap(2);
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
     attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.block_tables, rows.positions, rows.tiles, shape,
                  next_tile[index], attention, attended.data());
     member.wait();
+    clock.lap(3);
     for (int64_t r = begin; r < end; ++r)
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
+    clock.lap(4);
     product(layer.output, attended.data(), x, true, rows, tables, arena, member);
+    clock.lap(5);
     norm_rows(layer.post_norm, *layer.gate_up.linear, x, begin, end, scratch);
     member.wait();
+    clock.lap(6);
     product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, tables, arena, member);
+    clock.lap(7);
     for (int64_t r = begin; r < end; ++r) activate(layer, r, scratch);
     member.wait();
+    clock.lap(8);
     product(layer.down, activated.data(), x, true, rows, tables, arena, member);
+    clock.lap(9);
   }
 
   void norm_rows(const at::Tensor& weight, const PackedLinear& linear, const float* x, int64_t begin, int64_t end,
-                 float* scratch) {
+                 QuantizeScratch& scratch) {
     for (int64_t r = begin; r < end; ++r) {
       float* to = normed.data() + r * hidden;
       rms_norm(x + r * hidden, weight.const_data_ptr<float>(), eps, hidden, to);
@@ -205,7 +247,7 @@ struct DecoderStack : torch::CustomClassHolder {
     }
   }
 
-  void activate(const DecoderLayer& layer, int64_t r, float* scratch) {
+  void activate(const DecoderLayer& layer, int64_t r, QuantizeScratch& scratch) {
     const int64_t inner = layer.down.linear->in;
     const float *gate = gate_up_rows.data() + r * 2 * inner, *up = gate + inner;
     float* to = activated.data() + r * inner;

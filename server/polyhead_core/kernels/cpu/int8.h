@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "memory.h"
 #include "team.h"
 #include "vector.h"
 
@@ -20,7 +21,7 @@ inline Ints load_weights(const int8_t* w) { return _mm512_loadu_si512(w); }
 inline void store_ints(int32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
 struct Four {
   Ints values;
-  Four(const int8_t* x, const uint8_t*) : values(_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x))) {}
+  explicit Four(const int8_t* x) : values(_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x))) {}
   Ints add_product(Ints acc, Ints w) const { return _mm512_dpbusd_epi32(acc, w, values); }
 };
 inline void scale_add(float* to, Ints x, float scale) {
@@ -28,6 +29,7 @@ inline void scale_add(float* to, Ints x, float scale) {
 }
 
 #elif defined(__AVX2__)
+#define POLYHEAD_AVX2
 
 // |x| unsigned times sign(x) w: a pair of products is at most 2 * 127 * 127 and fits 16 bits.
 constexpr bool BIASED_WEIGHTS = false, KEEPS_MAGNITUDES = true;
@@ -38,9 +40,9 @@ inline Ints load_weights(const int8_t* w) { return _mm256_loadu_si256(reinterpre
 inline void store_ints(int32_t* to, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
 struct Four {
   Ints values, magnitudes;
-  Four(const int8_t* x, const uint8_t* magnitude)
-      : values(_mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x))),
-        magnitudes(_mm256_set1_epi32(*reinterpret_cast<const int32_t*>(magnitude))) {}
+  explicit Four(const int8_t* x)
+      : values(_mm256_set1_epi32(reinterpret_cast<const int32_t*>(x)[0])),
+        magnitudes(_mm256_set1_epi32(reinterpret_cast<const int32_t*>(x)[1])) {}
   Ints add_product(Ints acc, Ints w) const {
     const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(w, values));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -65,7 +67,7 @@ inline Ints load_weights(const int8_t* w) {
 inline void store_ints(int32_t* to, Ints x) { std::memcpy(to, &x, sizeof(x)); }
 struct Four {
   const int8_t* x;
-  Four(const int8_t* values, const uint8_t*) : x(values) {}
+  explicit Four(const int8_t* values) : x(values) {}
   Ints add_product(Ints acc, Ints weights) const {
     Bytes w;
     std::memcpy(&w, &weights, sizeof(w));
@@ -83,6 +85,7 @@ inline void scale_add(float* to, Ints x, float scale) {
 constexpr int64_t VECTORS = 2;                    // vectors of outputs in a panel
 constexpr int64_t PANEL = VECTORS * LANES32;      // outputs in a panel
 constexpr int64_t QUAD = 4;                       // inputs that one product instruction joins
+constexpr int64_t QUAD_BYTES = KEEPS_MAGNITUDES ? 2 * QUAD : QUAD;  // of a quantised row: values, then magnitudes
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -96,8 +99,9 @@ struct PackedLinear : torch::CustomClassHolder {
   at::Tensor smooth;          // float [in], or empty: none
   at::Tensor columns;         // int64 [outliers]
 
+  // `lasting`: kept for long, so worth huge pages that it shares with others of its kind.
   PackedLinear(const at::Tensor& weight, const at::Tensor& absmax, const std::optional<at::Tensor>& input_scale,
-               const std::optional<at::Tensor>& outlier_columns, const std::optional<at::Tensor>& bias_) {
+               const std::optional<at::Tensor>& outlier_columns, const std::optional<at::Tensor>& bias_, bool lasting) {
     TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_contiguous(),
                 "a packed weight is made from a contiguous int8 [out, in], got ", weight.sizes(), " of ",
                 weight.scalar_type());
@@ -116,12 +120,13 @@ struct PackedLinear : torch::CustomClassHolder {
     scale = at::zeros({padded}), bias = at::zeros({padded});
     scale.narrow(0, 0, out).copy_(absmax / 127.0);
     if (bias_) bias.narrow(0, 0, out).copy_(*bias_);
-    panels = at::empty({num_panels(), depth + tail, PANEL}, at::kChar);
+    const at::DimVector sizes{num_panels(), depth + tail, PANEL};
+    panels = lasting ? empty_on_huge_pages(sizes) : at::empty(sizes, at::kChar);
     pack(weight.const_data_ptr<int8_t>());
   }
 
   int64_t num_panels() const { return (out + PANEL - 1) / PANEL; }
-  int64_t row_bytes() const { return depth + 2 * tail; }
+  int64_t row_bytes() const { return (depth + 2 * tail) / QUAD * QUAD_BYTES; }
   const int8_t* panel(int64_t index) const {
     return panels.const_data_ptr<int8_t>() + index * (depth + tail) * PANEL;
   }
@@ -154,8 +159,7 @@ struct PackedLinear : torch::CustomClassHolder {
 // Quantised rows as the products read them: [main | high | low] of x / smooth, with scales and sums of each part.
 struct QuantizedRows {
   int64_t stride = 0;
-  std::vector<int8_t> values;
-  std::vector<uint8_t> magnitudes;
+  std::vector<int8_t> quads;
   std::vector<float> scales;  // three a row
   std::vector<int32_t> sums;  // three a row
 
@@ -164,74 +168,136 @@ struct QuantizedRows {
     const auto grow = [](auto& vector, int64_t size) {
       if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
     };
-    grow(values, rows * stride);
-    if (KEEPS_MAGNITUDES) grow(magnitudes, rows * stride);
+    grow(quads, rows * stride);
     grow(scales, 3 * rows);
     grow(sums, 3 * rows);
   }
 };
 
-// q = round(x / scale) with scale = max|x| / 127, filled up with zeros to `padded`; returns scale.
-inline float quantize_part(const float* x, int64_t size, int64_t padded, int8_t* q, uint8_t* magnitudes, int32_t* total) {
+// What one thread needs to quantise rows.
+struct QuantizeScratch {
+  std::vector<float> row, large;
+  std::vector<int8_t> q;
+
+  void resize(int64_t in, int64_t outliers) {
+    if (static_cast<int64_t>(row.size()) < in) row.resize(in), q.resize(in + QUAD);
+    if (static_cast<int64_t>(large.size()) < outliers) large.resize(outliers);
+  }
+};
+
+// q = round(x / scale) with scale = max|x| / 127; returns scale. `q` has room up to the next multiple of QUAD.
+inline float quantize_values(const float* x, int64_t size, int8_t* q) {
   const float scale = std::max(largest_magnitude(x, size) / 127.0f, 1e-12f);
   for (int64_t i = 0; i < size; ++i) q[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(x[i] / scale)));
-  for (int64_t i = size; i < padded; ++i) q[i] = 0;
-  if (KEEPS_MAGNITUDES)
-    for (int64_t i = 0; i < padded; ++i) magnitudes[i] = static_cast<uint8_t>(q[i] < 0 ? -q[i] : q[i]);
-  if (BIASED_WEIGHTS) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < padded; ++i) sum += q[i];
-    *total = sum;
-  }
+  for (int64_t i = size; i < round_up(size, QUAD); ++i) q[i] = 0;
   return scale;
 }
 
-// Quantises row `r`; `row` [in] is scratch that is changed.
-inline void quantize(const PackedLinear& linear, const float* x, float* row, QuantizedRows& to, int64_t r) {
-  const int64_t outliers = linear.outliers;
+// Lays q out in quads; returns what the products need of its sum.
+inline int32_t put_quads(const int8_t* q, int64_t padded, int8_t* to) {
+  if constexpr (KEEPS_MAGNITUDES) {
+    for (int64_t i = 0; i < padded; i += QUAD) {
+      int8_t magnitudes[QUAD];
+      for (int64_t k = 0; k < QUAD; ++k) magnitudes[k] = static_cast<int8_t>(q[i + k] < 0 ? -q[i + k] : q[i + k]);
+      std::memcpy(to + 2 * i, q + i, QUAD);
+      std::memcpy(to + 2 * i + QUAD, magnitudes, QUAD);
+    }
+  } else {
+    std::memcpy(to, q, padded);
+  }
+  int32_t sum = 0;
+  if constexpr (BIASED_WEIGHTS)
+    for (int64_t i = 0; i < padded; ++i) sum += q[i];
+  return sum;
+}
+
+// Quantises x [in] to row `r`.
+inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch& scratch, QuantizedRows& to, int64_t r) {
+  scratch.resize(linear.in, linear.outliers);
+  float* row = scratch.row.data();
+  int8_t* q = scratch.q.data();
   if (linear.smooth.numel()) {
     const float* smooth = linear.smooth.const_data_ptr<float>();
     for (int64_t i = 0; i < linear.in; ++i) row[i] = x[i] / smooth[i];
-  } else if (row != x) {
+  } else {
     std::copy(x, x + linear.in, row);
   }
-  int8_t* q = to.values.data() + r * to.stride;
-  uint8_t* m = KEEPS_MAGNITUDES ? to.magnitudes.data() + r * to.stride : nullptr;
-  const auto after = [&](int64_t offset) { return KEEPS_MAGNITUDES ? m + offset : nullptr; };
+  int8_t* quads = to.quads.data() + r * to.stride;
   float* scales = to.scales.data() + 3 * r;
   int32_t* sums = to.sums.data() + 3 * r;
-  if (outliers) {
+  if (linear.outliers) {
     const int64_t* column = linear.columns.const_data_ptr<int64_t>();
-    const int64_t high = linear.depth, low = linear.depth + linear.tail;
-    std::vector<float> large(outliers);
-    for (int64_t k = 0; k < outliers; ++k) {
+    float* large = scratch.large.data();
+    int8_t* high = quads + linear.depth / QUAD * QUAD_BYTES;
+    for (int64_t k = 0; k < linear.outliers; ++k) {
       large[k] = row[column[k]];
       row[column[k]] = 0;
     }
-    scales[1] = quantize_part(large.data(), outliers, linear.tail, q + high, after(high), sums + 1);
-    for (int64_t k = 0; k < outliers; ++k) large[k] = large[k] - static_cast<float>(q[high + k]) * scales[1];
-    scales[2] = quantize_part(large.data(), outliers, linear.tail, q + low, after(low), sums + 2);
+    scales[1] = quantize_values(large, linear.outliers, q);
+    sums[1] = put_quads(q, linear.tail, high);
+    for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(q[k]) * scales[1];
+    scales[2] = quantize_values(large, linear.outliers, q);
+    sums[2] = put_quads(q, linear.tail, high + linear.tail / QUAD * QUAD_BYTES);
   }
-  scales[0] = quantize_part(row, linear.in, linear.depth, q, m, sums);
+  scales[0] = quantize_values(row, linear.in, q);
+  sums[0] = put_quads(q, linear.depth, quads);
 }
 
+// One quad of inputs: adds w (VECTORS vectors of weights) times `ROWS` rows, `stride` apart.
 template <int ROWS>
-inline void multiply(const int8_t* w, const int8_t* x, const uint8_t* magnitudes, int64_t stride, int64_t depth,
-                     const int32_t* sums, float (*y)[PANEL], const float* scales) {
-  Ints acc[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = splat_int(BIASED_WEIGHTS ? -128 * sums[3 * r] : 0);
-  for (int64_t k = 0; k < depth; k += QUAD) {
-    const Ints w0 = load_weights(w + k * PANEL), w1 = load_weights(w + k * PANEL + LANES32 * QUAD);
+inline void add_quad(const int8_t* w, const int8_t* x, int64_t stride, Ints (&low)[ROWS], Ints (&high)[ROWS]) {
+  const Ints w0 = load_weights(w), w1 = load_weights(w + LANES32 * QUAD);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const Four four(x + r * stride + k, KEEPS_MAGNITUDES ? magnitudes + r * stride + k : nullptr);
-      acc[r][0] = four.add_product(acc[r][0], w0);
-      acc[r][1] = four.add_product(acc[r][1], w1);
-    }
+  for (int r = 0; r < ROWS; ++r) {
+    const Four four(x + r * stride);
+    low[r] = four.add_product(low[r], w0);
+    high[r] = four.add_product(high[r], w1);
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) scale_add(y[r] + v * LANES32, acc[r][v], scales[3 * r]);
+}
+
+#if defined(POLYHEAD_AVX2)
+// The same for four rows with every register named: gcc 12 keeps half of the sums in memory, which costs a third.
+template <>
+inline void add_quad<4>(const int8_t* w, const int8_t* x, int64_t stride, Ints (&low)[4], Ints (&high)[4]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i w0, w1, values, magnitudes, product;
+#define POLYHEAD_ROW(AT, LOW, HIGH)                                                            \
+  "vpbroadcastd " AT ", %[values]\n\tvpbroadcastd 4" AT ", %[magnitudes]\n\t"                  \
+  "vpsignb %[values], %[w0], %[product]\n\tvpsignb %[values], %[w1], %[values]\n\t"            \
+  "vpmaddubsw %[product], %[magnitudes], %[product]\n\t"                                       \
+  "vpmaddubsw %[values], %[magnitudes], %[values]\n\t"                                         \
+  "vpmaddwd %[ones], %[product], %[product]\n\tvpmaddwd %[ones], %[values], %[values]\n\t"     \
+  "vpaddd %[product], " LOW ", " LOW "\n\tvpaddd %[values], " HIGH ", " HIGH "\n\t"
+  asm("vmovdqu (%[w]), %[w0]\n\tvmovdqu 32(%[w]), %[w1]\n\t"
+      POLYHEAD_ROW("(%[x])", "%[low0]", "%[high0]") POLYHEAD_ROW("(%[x],%[stride])", "%[low1]", "%[high1]")
+      POLYHEAD_ROW("(%[x],%[stride],2)", "%[low2]", "%[high2]") POLYHEAD_ROW("(%[x],%[thrice])", "%[low3]", "%[high3]")
+      : [low0] "+x"(low[0]), [low1] "+x"(low[1]), [low2] "+x"(low[2]), [low3] "+x"(low[3]), [high0] "+x"(high[0]),
+        [high1] "+x"(high[1]), [high2] "+x"(high[2]), [high3] "+x"(high[3]), [w0] "=&x"(w0), [w1] "=&x"(w1),
+        [values] "=&x"(values), [magnitudes] "=&x"(magnitudes), [product] "=&x"(product)
+      : [w] "r"(w), [x] "r"(x), [stride] "r"(stride), [thrice] "r"(3 * stride), [ones] "x"(ones)
+      : "memory");
+#undef POLYHEAD_ROW
+}
+#endif
+
+// y += scale * (w times `ROWS` rows). While it reads w it asks for the memory at w + ahead.
+template <int ROWS>
+inline void multiply(const int8_t* w, int64_t ahead, const int8_t* x, int64_t stride, int64_t depth, const int32_t* sums,
+                     float (*y)[PANEL], const float* scales) {
+  Ints low[ROWS], high[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) low[r] = high[r] = splat_int(BIASED_WEIGHTS ? -128 * sums[3 * r] : 0);
+  const int8_t* const end = w + depth * PANEL;
+  for (; w != end; w += PANEL * QUAD, x += QUAD_BYTES) {
+#pragma GCC unroll 2
+    for (int64_t line = 0; line < PANEL * QUAD; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+    add_quad<ROWS>(w, x, stride, low, high);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    scale_add(y[r], low[r], scales[3 * r]);
+    scale_add(y[r] + LANES32, high[r], scales[3 * r]);
+  }
 }
 
 // `ROWS` rows from r on, times one panel: y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o].
@@ -240,11 +306,11 @@ void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t
           bool accumulate) {
   float sums[ROWS][PANEL] = {};
   const int8_t* w = linear.panel(panel);
-  const int8_t* q = x.values.data() + r * x.stride;
-  const uint8_t* m = KEEPS_MAGNITUDES ? x.magnitudes.data() + r * x.stride : nullptr;
+  const int8_t* q = x.quads.data() + r * x.stride;
+  const int64_t panel_bytes = (linear.depth + linear.tail) * PANEL;
   const auto part = [&](int index, int64_t offset, int64_t depth, const int8_t* weights) {
-    multiply<ROWS>(weights, q + offset, KEEPS_MAGNITUDES ? m + offset : nullptr, x.stride, depth,
-                   x.sums.data() + 3 * r + index, sums, x.scales.data() + 3 * r + index);
+    multiply<ROWS>(weights, panel_bytes, q + offset / QUAD * QUAD_BYTES, x.stride, depth, x.sums.data() + 3 * r + index, sums,
+                   x.scales.data() + 3 * r + index);
   };
   part(0, 0, linear.depth, w);
   if (linear.tail) {
@@ -277,8 +343,7 @@ void rest_of_rows(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
 inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first, int64_t last,
                             float* y, int64_t y_stride, bool accumulate) {
   constexpr int64_t CACHE_BYTES = 192 << 10;  // quantised rows that stay in the second-level cache over the panels
-  const int64_t bytes = x.stride * (KEEPS_MAGNITUDES ? 2 : 1);
-  const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / bytes / MAX_ROWS * MAX_ROWS);
+  const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / x.stride / MAX_ROWS * MAX_ROWS);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t end = std::min(rows, begin + block);
     for (int64_t panel = first; panel < last; ++panel) {
@@ -295,9 +360,9 @@ inline void linear_forward(const PackedLinear& linear, const float* x, int64_t r
   quantized.resize(rows, linear.row_bytes());
   const bool alone = rows * linear.in * linear.out < (1 << 18);
   with_team(alone, [&](const Member& member) {
-    std::vector<float> scratch(linear.in);
+    QuantizeScratch scratch;
     const auto [begin, end] = member.share(rows);
-    for (int64_t r = begin; r < end; ++r) quantize(linear, x + r * linear.in, scratch.data(), quantized, r);
+    for (int64_t r = begin; r < end; ++r) quantize(linear, x + r * linear.in, scratch, quantized, r);
     member.wait();
     const auto [first, last] = member.share(linear.num_panels());
     multiply_panels(linear, quantized, rows, first, last, y, linear.out, false);

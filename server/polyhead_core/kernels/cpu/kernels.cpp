@@ -21,6 +21,8 @@ at::Tensor packed_forward(const LinearPtr& linear, const at::Tensor& x) {
   return y;
 }
 
+void advise(at::Tensor& tensor) { advise_huge_pages(tensor.data_ptr(), tensor.nbytes()); }
+
 void check_rows(const at::Tensor& y, const at::Tensor& slots) {
   TORCH_CHECK(y.scalar_type() == at::kFloat && y.is_contiguous(), "adapter products add to contiguous float32 rows");
   TORCH_CHECK(slots.scalar_type() == at::kInt && slots.numel() == y.size(0), "slots must be int32, one per row");
@@ -69,14 +71,16 @@ TORCH_LIBRARY(polyhead_cpu, library) {
   using namespace polyhead;
   library.class_<PackedLinear>("PackedLinear")
       .def(torch::init<const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                       const std::optional<at::Tensor>&, const std::optional<at::Tensor>&>())
+                       const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool>())
       .def("num_bytes", &PackedLinear::num_bytes)
       .def("forward", &packed_forward);
   library.class_<DecoderStack>("DecoderStack")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, int64_t>())
       .def("add_layer", &DecoderStack::add_layer)
       .def("num_bytes", &DecoderStack::num_bytes)
+      .def("take_phase_seconds", &DecoderStack::take_phase_seconds)
       .def("forward", &DecoderStack::forward);
+  library.def("advise_huge_pages(Tensor(a!) tensor) -> ()", &advise);
   library.def("low_rank_add(Tensor(a!) y, Tensor x, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
               "int site, Tensor slots) -> ()", &low_rank_add);
   library.def("embedding_add(Tensor(a!) y, Tensor ids, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
