@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import json
 import logging
 import sys
 import warnings
@@ -15,7 +18,16 @@ from polyhead_trainer.errors import MissingExtra
 
 EXIT_USER_ERROR = 2
 
+
+class Target(enum.Enum):
+    HUGGINGFACE = "huggingface"
+    META = "meta"
+    INT8 = "int8"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Trains adapters that polyhead-server serves.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Lists, shows and copies the recipes that ship with the trainer.")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.command()
@@ -34,6 +46,84 @@ def run(
     from polyhead_trainer.run import run as run_config
 
     run_config(loaded, Console(), overwrite=overwrite)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Meta's Llama directory, a Hugging Face directory, a .gguf file or `default`.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory to make.")],
+    to: Annotated[Target, typer.Option(help="Layout of the output.")],
+    shards: Annotated[int, typer.Option(help="With --to meta: number of model-parallel files.", min=1)] = 1,
+    calibrate: Annotated[
+        bool, typer.Option(help="With --to int8: calibrate for Polyhead; without: LLM.int8 as bitsandbytes reads it.")
+    ] = True,
+    max_positions: Annotated[
+        int | None, typer.Option(help="From Meta's layout: longest sequence; unset: as the published models.", min=1)
+    ] = None,
+    rope_factor: Annotated[
+        float | None, typer.Option(help="From Meta's layout with scaled rope: its factor; unset: 8, or 32 if tied.")
+    ] = None,
+) -> None:
+    """Converts a backbone: Meta's Llama layout to Hugging Face's and back, GGUF to Hugging Face's, any to int8."""
+    _quiet_libraries()
+    from polyhead_trainer.convert.run import convert as convert_backbone
+
+    remarks = convert_backbone(
+        source,
+        output,
+        to.value,
+        num_shards=shards,
+        calibrate=calibrate,
+        max_positions=max_positions,
+        rope_factor=rope_factor,
+    )
+    for line in [f"{output} written", *remarks]:
+        typer.echo(line)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's directory, by the trainer or by peft.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Shows what an adapter directory holds: type, ranks, tensors, identity, backbone, metrics."""
+    from polyhead_trainer.inspection import describe, inspect_adapter
+
+    facts = inspect_adapter(adapter)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(facts), indent=1))
+    else:
+        typer.echo("\n".join(describe(facts)))
+
+
+@recipes_app.command(name="list")
+def list_recipes() -> None:
+    """Names the recipes that ship with the trainer."""
+    from polyhead_trainer.recipe_book import recipes
+
+    for recipe in recipes():
+        typer.echo(f"{recipe.name}\n    {recipe.summary}")
+
+
+@recipes_app.command(name="show")
+def show_recipe(name: Annotated[str, typer.Argument(help="As `recipes list` names it.")]) -> None:
+    """Prints one recipe."""
+    from polyhead_trainer.recipe_book import find_recipe
+
+    typer.echo(find_recipe(name).text, nl=False)
+
+
+@recipes_app.command(name="copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="As `recipes list` names it.")],
+    destination: Annotated[Path | None, typer.Argument(help="File or folder; unset: here.")] = None,
+) -> None:
+    """Copies one recipe, to be changed and run."""
+    from polyhead_trainer.recipe_book import copy_recipe as copy_to
+
+    typer.echo(f"{copy_to(name, destination)} written")
 
 
 @app.command()
