@@ -25,6 +25,11 @@ class Target(enum.Enum):
     INT8 = "int8"
 
 
+class FloatType(enum.Enum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Trains adapters that polyhead-server serves.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Lists, shows and copies the recipes that ship with the trainer.")
 app.add_typer(recipes_app, name="recipes")
@@ -96,6 +101,23 @@ def inspect(
         typer.echo(json.dumps(dataclasses.asdict(facts), indent=1))
     else:
         typer.echo("\n".join(describe(facts)))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    backbone: Annotated[str | None, typer.Option(help="Its source; unset: the one that the adapter names.")] = None,
+    dtype: Annotated[FloatType, typer.Option(help="Of the written weights; merged is in float32.")] = FloatType.FLOAT32,
+) -> None:
+    """Merges an adapter into a float copy of its backbone: a directory that transformers loads without peft."""
+    _quiet_libraries()
+    from polyhead_trainer.merge import merge as merge_adapter
+
+    merged = merge_adapter(adapter, out, backbone=backbone, dtype=dtype.value)
+    typer.echo(f"{merged.output} written: {merged.source} with {adapter}")
+    if merged.trained_on not in (None, "none"):
+        typer.echo(f"the adapter was trained on {merged.trained_on}: on float weights its answers can differ a little")
 
 
 @recipes_app.command(name="list")
