@@ -120,6 +120,28 @@ def merge(
         typer.echo(f"the adapter was trained on {merged.trained_on}: on float weights its answers can differ a little")
 
 
+@app.command()
+def evaluate(
+    subjects: Annotated[list[Path], typer.Argument(metavar="CONFIG|ADAPTER...", help="Runs, or adapters of runs.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Measures finished adapters and their backbones again, on the same held-out examples or on others."""
+    from rich.console import Console
+
+    from polyhead_trainer.reevaluate import read_subject
+
+    read = [read_subject(subject, set_) for subject in subjects]
+    _quiet_libraries()
+    from polyhead_trainer.reevaluate import measure, print_measured
+
+    measured = [measure(subject) for subject in read]
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in measured], indent=1, ensure_ascii=False))
+    else:
+        print_measured(Console(), measured)
+
+
 @recipes_app.command(name="list")
 def list_recipes() -> None:
     """Names the recipes that ship with the trainer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -93,7 +93,8 @@ def _check_fingerprint(adapter: Path, files: AdapterDirectory, backbone: Backbon
 
 def _untie(model: PreTrainedModel, files: AdapterDirectory) -> None:
     """An update of the head alone, or of the embedding alone, must not reach the other through a shared weight."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
     paths = [path for path, module in model.named_modules() if module is head or module is embedding]
@@ -104,7 +105,7 @@ def _untie(model: PreTrainedModel, files: AdapterDirectory) -> None:
 
 def _merged(model: PreTrainedModel, adapter: Path, files: AdapterDirectory) -> PreTrainedModel:
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise MergeRefused(f"peft cannot put {adapter} on this backbone: {error}") from error
     # peft itself only warns of tensors that are missing, and leaves those parts of the adapter random.
@@ -112,6 +113,6 @@ def _merged(model: PreTrainedModel, adapter: Path, files: AdapterDirectory) -> P
     if expected - set(files.tensors):
         missing = sorted(expected - set(files.tensors))
         raise MergeRefused(f"{adapter} lacks {len(missing)} tensors that its configuration asks for: {missing[0]}, ...")
-    merged = cast(Any, wrapped).merge_and_unload()
+    merged = wrapped.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     return merged
