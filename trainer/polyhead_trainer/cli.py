@@ -142,6 +142,30 @@ def evaluate(
         print_measured(Console(), measured)
 
 
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="TOML file, as for `trainer run`; its data are read.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
+    nproc: Annotated[int, typer.Option(help="Processes; `trainer run` uses one today.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predicts the bytes that a run needs, part by part, without loading the backbone's weights.
+
+    Activations and peak are computed and have not been compared with measured ones yet.
+    """
+    from polyhead_trainer.config import load_config
+
+    loaded = load_config(config, set_)
+    _quiet_libraries()
+    from polyhead_trainer.estimate import estimate as estimate_run
+
+    parts = estimate_run(loaded, nproc=nproc).parts()
+    if as_json:
+        typer.echo(json.dumps(parts))
+    else:
+        typer.echo("\n".join(f"{name:<18} {num_bytes:>16,} bytes" for name, num_bytes in parts.items()))
+
+
 @recipes_app.command(name="list")
 def list_recipes() -> None:
     """Names the recipes that ship with the trainer."""
