@@ -1,7 +1,8 @@
 """`trainer estimate`: what a run will need per rank, part by part, before anything is loaded.
 
-The model is built on the meta device; what backward needs is counted by running the forward pass on fake tensors. The weights, the adapter and the optimizer are tested against real
-runs; the activations and the peak have not been compared with a measured peak yet.
+The model is built on the meta device; what backward needs is counted by running the forward pass on fake tensors.
+Weights, adapter and optimizer are tested against real runs; the activations and the peak have not been compared with
+a measured peak yet.
 """
 
 from __future__ import annotations
