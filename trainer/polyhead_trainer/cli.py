@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import json
 import logging
 import sys
 import warnings
@@ -15,7 +18,21 @@ from polyhead_trainer.errors import MissingExtra
 
 EXIT_USER_ERROR = 2
 
+
+class Target(enum.Enum):
+    HUGGINGFACE = "huggingface"
+    META = "meta"
+    INT8 = "int8"
+
+
+class FloatType(enum.Enum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Trains adapters that polyhead-server serves.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Lists, shows and copies the recipes that ship with the trainer.")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.command()
@@ -34,6 +51,147 @@ def run(
     from polyhead_trainer.run import run as run_config
 
     run_config(loaded, Console(), overwrite=overwrite)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Meta's Llama directory, a Hugging Face directory, a .gguf file or `default`.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory to make.")],
+    to: Annotated[Target, typer.Option(help="Layout of the output.")],
+    shards: Annotated[int, typer.Option(help="With --to meta: number of model-parallel files.", min=1)] = 1,
+    calibrate: Annotated[
+        bool, typer.Option(help="With --to int8: calibrate for Polyhead; without: LLM.int8 as bitsandbytes reads it.")
+    ] = True,
+    max_positions: Annotated[
+        int | None, typer.Option(help="From Meta's layout: longest sequence; unset: as the published models.", min=1)
+    ] = None,
+    rope_factor: Annotated[
+        float | None, typer.Option(help="From Meta's layout with scaled rope: its factor; unset: 8, or 32 if tied.")
+    ] = None,
+) -> None:
+    """Converts a backbone: Meta's Llama layout to Hugging Face's and back, GGUF to Hugging Face's, any to int8."""
+    _quiet_libraries()
+    from polyhead_trainer.convert.run import convert as convert_backbone
+
+    remarks = convert_backbone(
+        source,
+        output,
+        to.value,
+        num_shards=shards,
+        calibrate=calibrate,
+        max_positions=max_positions,
+        rope_factor=rope_factor,
+    )
+    for line in [f"{output} written", *remarks]:
+        typer.echo(line)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's directory, by the trainer or by peft.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Shows what an adapter directory holds: type, ranks, tensors, identity, backbone, metrics."""
+    from polyhead_trainer.inspection import describe, inspect_adapter
+
+    facts = inspect_adapter(adapter)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(facts), indent=1))
+    else:
+        typer.echo("\n".join(describe(facts)))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    backbone: Annotated[str | None, typer.Option(help="Its source; unset: the one that the adapter names.")] = None,
+    dtype: Annotated[FloatType, typer.Option(help="Of the written weights; merged is in float32.")] = FloatType.FLOAT32,
+) -> None:
+    """Merges an adapter into a float copy of its backbone: a directory that transformers loads without peft."""
+    _quiet_libraries()
+    from polyhead_trainer.merge import merge as merge_adapter
+
+    merged = merge_adapter(adapter, out, backbone=backbone, dtype=dtype.value)
+    typer.echo(f"{merged.output} written: {merged.source} with {adapter}")
+    if merged.trained_on not in (None, "none"):
+        typer.echo(f"the adapter was trained on {merged.trained_on}: on float weights its answers can differ a little")
+
+
+@app.command()
+def evaluate(
+    subjects: Annotated[list[Path], typer.Argument(metavar="CONFIG|ADAPTER...", help="Runs, or adapters of runs.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Measures finished adapters and their backbones again, on the same held-out examples or on others."""
+    from rich.console import Console
+
+    from polyhead_trainer.reevaluate import read_subject
+
+    read = [read_subject(subject, set_) for subject in subjects]
+    _quiet_libraries()
+    from polyhead_trainer.reevaluate import measure, print_measured
+
+    measured = [measure(subject) for subject in read]
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in measured], indent=1, ensure_ascii=False))
+    else:
+        print_measured(Console(), measured)
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="TOML file, as for `trainer run`; its data are read.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
+    nproc: Annotated[int, typer.Option(help="Processes; `trainer run` uses one today.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predicts the bytes that a run needs, part by part, without loading the backbone's weights.
+
+    Activations and peak are computed and have not been compared with measured ones yet.
+    """
+    from polyhead_trainer.config import load_config
+
+    loaded = load_config(config, set_)
+    _quiet_libraries()
+    from polyhead_trainer.estimate import estimate as estimate_run
+
+    parts = estimate_run(loaded, nproc=nproc).parts()
+    if as_json:
+        typer.echo(json.dumps(parts))
+    else:
+        typer.echo("\n".join(f"{name:<18} {num_bytes:>16,} bytes" for name, num_bytes in parts.items()))
+
+
+@recipes_app.command(name="list")
+def list_recipes() -> None:
+    """Names the recipes that ship with the trainer."""
+    from polyhead_trainer.recipe_book import recipes
+
+    for recipe in recipes():
+        typer.echo(f"{recipe.name}\n    {recipe.summary}")
+
+
+@recipes_app.command(name="show")
+def show_recipe(name: Annotated[str, typer.Argument(help="As `recipes list` names it.")]) -> None:
+    """Prints one recipe."""
+    from polyhead_trainer.recipe_book import find_recipe
+
+    typer.echo(find_recipe(name).text, nl=False)
+
+
+@recipes_app.command(name="copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="As `recipes list` names it.")],
+    destination: Annotated[Path | None, typer.Argument(help="File or folder; unset: here.")] = None,
+) -> None:
+    """Copies one recipe, to be changed and run."""
+    from polyhead_trainer.recipe_book import copy_recipe as copy_to
+
+    typer.echo(f"{copy_to(name, destination)} written")
 
 
 @app.command()

@@ -153,12 +153,12 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+    return parse_config(values, origin=str(file), overrides=overrides)
+
+
+def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         _override(values, text)
-    return parse_config(values, origin=str(file))
-
-
-def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         # Through JSON, because strict validation turns texts into paths only there.
         return RunConfig.model_validate_json(json.dumps(values, default=str))

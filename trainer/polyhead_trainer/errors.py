@@ -4,6 +4,8 @@ PolyheadError
 ├── ConfigError        polyhead_core: a setting that cannot be used
 ├── DataError          a training or evaluation file that cannot be used: names file, line and field
 ├── OutputExists       a finished run is there and `--overwrite` was not given
+├── ConversionError    a checkpoint that cannot be converted: what was given, what was expected
+├── MergeRefused       an adapter that cannot be merged into this backbone
 ├── TrainingDiverged   the loss is not a number any more
 └── MissingExtra       a package of the `trainer` extra is not installed
 """
@@ -19,6 +21,14 @@ class DataError(PolyheadError):
 
 class OutputExists(PolyheadError):
     reason = "OUTPUT_EXISTS"
+
+
+class ConversionError(PolyheadError):
+    reason = "CONVERSION"
+
+
+class MergeRefused(PolyheadError):
+    reason = "MERGE_REFUSED"
 
 
 class TrainingDiverged(PolyheadError):

@@ -1,0 +1,35 @@
+"""`trainer estimate` against what a run holds: weights, adapter, optimizer. The peak is not compared here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_trainer_run import configuration
+
+from polyhead_core.errors import ConfigError
+from polyhead_trainer import backbones, methods
+from polyhead_trainer.estimate import estimate
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none", "llm.int8"])
+def test_weights_and_adapter_are_what_a_run_holds(tmp_path: Path, quantization: str) -> None:
+    config = configuration(tmp_path, f"backbone.quantization={quantization}")
+    predicted = estimate(config)
+    backbone = backbones.load(config.backbone)
+    # bitsandbytes keeps its scales beside the parameters, where nothing that lists parameters or buffers finds them.
+    scales = sum(w.SCB.nbytes for w in backbone.model.parameters() if getattr(w, "SCB", None) is not None)
+    assert predicted.weights == pytest.approx(backbone.num_bytes + scales, rel=0.01)
+    model = methods.wrap(backbone, config.adapter, 0)
+    assert predicted.adapter == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert predicted.optimizer == 2 * predicted.gradients == 2 * predicted.adapter
+    assert (predicted.batch.num_rows, predicted.activations > 0) == (6, True)
+
+
+def test_smaller_micro_batches_need_fewer_activations(tmp_path: Path) -> None:
+    whole = estimate(configuration(tmp_path))
+    half = estimate(configuration(tmp_path, "training.micro_batch_size=3"))
+    assert half.activations < 0.6 * whole.activations
+    assert half.weights == whole.weights
+    with pytest.raises(ConfigError, match="one process"):
+        estimate(configuration(tmp_path), nproc=2)

@@ -1,0 +1,118 @@
+"""`trainer merge`: an adapter folded into a float copy of its backbone, as a directory that transformers loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from polyhead_core.adapter_directory import AdapterDirectory, read_adapter_directory
+from polyhead_core.backbone import Backbone, load_backbone, resolve_source
+from polyhead_core.backbone.load import is_int8_checkpoint
+from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_trainer.errors import MergeRefused
+from polyhead_trainer.record import read_record
+from polyhead_trainer.staging import new_directory
+
+MERGEABLE = ("LORA", "IA3")
+"""Types whose effect is a change of the backbone's weights; the others act on what flows through it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    output: Path
+    source: str
+    trained_on: str | None
+    """The quantisation of the backbone that the adapter was trained on."""
+
+
+def merge(
+    adapter: Path,
+    output: Path,
+    *,
+    backbone: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    cache_dir: Path | None = None,
+) -> Merged:
+    """Merges in float32, then writes in `dtype`. Raises MergeRefused, BackboneError, AdapterRejected, OutputExists.
+
+    `backbone` is its source; unset, the one that the adapter names.
+    """
+    files = read_adapter_directory(adapter.resolve())
+    if files.config.get("peft_type") not in MERGEABLE:
+        raise MergeRefused(
+            f"{adapter} is of type {files.config.get('peft_type')}: only {' and '.join(MERGEABLE)} are changes of "
+            "weights that a backbone can take over; serve it as an adapter"
+        )
+    source = backbone or backbone_of(adapter, files)
+    _refuse_int8(source, cache_dir)
+    with new_directory(output) as staging:
+        loaded = load_backbone(source, quantization="none", dtype="float32", cache_dir=cache_dir)
+        _check_fingerprint(adapter, files, loaded)
+        _untie(loaded.model, files)
+        model = _merged(loaded.model, adapter, files)
+        nn.Module.to(model, dtype=getattr(torch, dtype))
+        model.config.dtype = getattr(torch, dtype)
+        model.save_pretrained(staging)
+        loaded.tokenizer.save_pretrained(staging)
+    return Merged(output=output, source=source, trained_on=files.quantization)
+
+
+def backbone_of(adapter: Path, files: AdapterDirectory) -> str:
+    """The source that the run's record names, else peft's base model. Raises MergeRefused."""
+    record = read_record(adapter)
+    if record is not None:
+        return str(record["config"]["backbone"]["source"])
+    named = files.config.get("base_model_name_or_path")
+    if not named:
+        raise MergeRefused(f"{adapter} does not say which backbone it is for: give it with --backbone")
+    own_names = {hub: ours for ours, hub in HUB_NAMES.items()}
+    return own_names.get(str(named), str(named))
+
+
+def _refuse_int8(source: str, cache_dir: Path | None) -> None:
+    if is_int8_checkpoint(resolve_source(source, cache_dir)):
+        raise MergeRefused(
+            f"backbone {source!r} is in int8: its steps are larger than most of an adapter's update, which rounding "
+            "would take away again; merge into the float weights (--backbone), and convert the result to int8"
+        )
+
+
+def _check_fingerprint(adapter: Path, files: AdapterDirectory, backbone: Backbone) -> None:
+    if files.backbone_fingerprint not in (None, backbone.fingerprint):
+        raise MergeRefused(
+            f"{adapter} was trained on the backbone with fingerprint {files.backbone_fingerprint}, {backbone.source!r} "
+            f"has {backbone.fingerprint}: name the right one with --backbone"
+        )
+
+
+def _untie(model: PreTrainedModel, files: AdapterDirectory) -> None:
+    """An update of the head alone, or of the embedding alone, must not reach the other through a shared weight."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    paths = [path for path, module in model.named_modules() if module is head or module is embedding]
+    if any(f".{path}." in f".{name}" for path in paths for name in files.tensors):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _merged(model: PreTrainedModel, adapter: Path, files: AdapterDirectory) -> PreTrainedModel:
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise MergeRefused(f"peft cannot put {adapter} on this backbone: {error}") from error
+    # peft itself only warns of tensors that are missing, and leaves those parts of the adapter random.
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if expected - set(files.tensors):
+        missing = sorted(expected - set(files.tensors))
+        raise MergeRefused(f"{adapter} lacks {len(missing)} tensors that its configuration asks for: {missing[0]}, ...")
+    merged = wrapped.merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged

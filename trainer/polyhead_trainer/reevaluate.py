@@ -1,0 +1,100 @@
+"""`trainer evaluate`: measures adapters that are there, and their backbones, as `trainer run` measured them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyhead_core.adapter_directory import read_adapter_directory
+from polyhead_core.errors import AdapterMismatch, ConfigError
+from polyhead_trainer.config import RunConfig, load_config, parse_config
+from polyhead_trainer.record import METRICS_FILE, read_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from polyhead_trainer.evaluate import Measures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    adapter: Path
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    adapter: Path
+    content_hash: str
+    before: Measures
+    """Of the backbone alone."""
+    after: Measures
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "adapter": str(self.adapter),
+            "content_hash": self.content_hash,
+            "before": dataclasses.asdict(self.before),
+            "after": dataclasses.asdict(self.after),
+        }
+
+
+def read_subject(path: Path, overrides: Sequence[str]) -> Subject:
+    """A configuration names its output's adapter; an adapter brings the configuration that made it.
+
+    Raises ConfigError.
+    """
+    if not path.is_dir():
+        config = load_config(path, overrides)
+        return Subject(adapter=config.output, config=config)
+    record = read_record(path)
+    if record is None:
+        raise ConfigError(
+            f"{path} has no readable {METRICS_FILE}, which says what to measure on: give the run's configuration, with "
+            f"--set output={path}"
+        )
+    origin = str(path / METRICS_FILE)
+    return Subject(adapter=path, config=parse_config(record["config"], origin, overrides))
+
+
+def measure(subject: Subject) -> Measured:
+    """Raises AdapterRejected and its kin, BackboneError, ConfigError, DataError."""
+    from peft import PeftModel
+
+    from polyhead_trainer import backbones, evaluate
+    from polyhead_trainer.data import load_examples
+
+    config = subject.config
+    files = read_adapter_directory(subject.adapter.resolve())
+    backbone = backbones.load(config.backbone)
+    if files.backbone_fingerprint not in (None, backbone.fingerprint):
+        raise AdapterMismatch(
+            f"{subject.adapter} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
+            f"{config.backbone.source!r} has {backbone.fingerprint}: name the right one with --set backbone.source=..."
+        )
+    tokenizer = backbone.tokenizer
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length)
+    evaluator = evaluate.prepare(config.evaluate, held_out.examples, tokenizer, pad_id)
+    before = evaluator.measure(backbone.model)
+    try:
+        model = PeftModel.from_pretrained(backbone.model, str(subject.adapter))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise AdapterMismatch(f"peft cannot put {subject.adapter} on {config.backbone.source!r}: {error}") from error
+    after = evaluator.measure(model)
+    return Measured(adapter=subject.adapter, content_hash=files.content_hash, before=before, after=after)
+
+
+def print_measured(console: Console, measured: Sequence[Measured]) -> None:
+    from rich.table import Table
+
+    from polyhead_trainer.report import comparison
+
+    table = Table("adapter", "measure", "backbone", "tuned")
+    for one in measured:
+        for row in comparison(one.before, one.after):
+            table.add_row(one.adapter.name, *row)
+    console.print(table)
