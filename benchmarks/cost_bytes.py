@@ -80,7 +80,7 @@ def _int8_bytes(model: PreTrainedModel) -> int:
     linear = [site for site in site_map(model) if site.kind is SiteKind.LINEAR]
     embedding: Any = model.get_input_embeddings()
     total = sum(_int8_layer_bytes(site.in_features, site.out_features) for site in linear)
-    total += embedding.weight.numel() * BF16_BYTES
+    total += int(embedding.weight.numel()) * BF16_BYTES
     total += sum(p.numel() for p in model.parameters() if p.dim() < 2) * FLOAT32_BYTES
     return total + sum(buffer.nbytes for buffer in model.buffers())
 

@@ -38,7 +38,7 @@ def _draw_systems(axes: Any, rows: Sequence[dict[str, Any]], value: str, scale: 
         for is_measured in (True, False):
             some = [row for row in ours if row["basis"].startswith("measured") is is_measured]
             axes.plot(*_points(some, value, scale), mark, color=colour, mfc=colour if is_measured else "white")
-    _finish(axes)
+    _finish(axes, rows)
     axes.set_xlabel("fine-tunes of one backbone (filled: measured, hollow: computed)")
 
 
@@ -46,7 +46,7 @@ def _draw_projection(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     for system in dict.fromkeys(row["system"] for row in rows):
         ours = [row for row in rows if row["system"] == system]
         axes.plot(*_points(ours, "memory_bytes", 1e-9), "o-", mfc="white", label=system)
-    _finish(axes)
+    _finish(axes, rows)
     axes.set_xlabel("fine-tunes (all computed)")
 
 
@@ -54,8 +54,11 @@ def _points(rows: Sequence[dict[str, Any]], value: str, scale: float) -> tuple[l
     return [row["fine_tunes"] for row in rows], [row[value] * scale for row in rows]
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log")
+    counts = sorted({row["fine_tunes"] for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xticks([], minor=True)
     axes.grid(True, alpha=0.3)
     axes.legend()
 

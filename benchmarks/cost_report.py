@@ -26,6 +26,7 @@ def print_report(report: dict[str, Any]) -> None:
     _print_costs(report["rows"])
     print("\nbytes per extra tenant\n")
     _print_tenants(report["bytes_per_extra_tenant"])
+    _print_claim(report)
     print("\nfrom 'adapter published' (folder moved into place) to 'first token', over gRPC, measured\n")
     _print_publications(report["publications"])
     _print_projection(report["projection"], options)
@@ -85,6 +86,19 @@ def _print_tenants(tenants: dict[str, Any]) -> None:
     print_table(lines)
 
 
+def _print_claim(report: dict[str, Any]) -> None:
+    """'A few MB per task in place of several GB', as it stands for this backbone and for one of 7B."""
+    tenants, seven = report["bytes_per_extra_tenant"], report["projection"]["shapes"]["Llama-2-7B"]
+    ours, whole = tenants["polyhead"]["memory"], tenants["dedicated_bf16"]["memory"]
+    theirs = next(iter(seven["adapters"].items()))
+    print(
+        f"\n'a few MB per task in place of several GB': here {size(ours)} in place of {size(whole)} in bfloat16 "
+        f"({whole / ours:.0f} times) or {size(tenants['dedicated']['memory'])} in int8, measured; this backbone is too "
+        f"small for GB. For Llama-2-7B {size(theirs[1])} ({theirs[0]}) in place of {size(seven['bf16'])} in bfloat16 "
+        f"({seven['bf16'] / theirs[1]:.0f} times), computed from byte counts."
+    )
+
+
 def _print_publications(publications: Sequence[dict[str, Any]]) -> None:
     lines: list[tuple[str, ...]] = [
         ("adapters there", "times", "published to first token, ms", "", "the same adapter again, ms", "")
@@ -115,22 +129,20 @@ def _print_projection(projection: dict[str, Any], options: dict[str, Any]) -> No
         f"\nprojection to Llama-2-7B, computed from byte counts alone (no throughput): GPUs of {options['gpu_gib']:g} "
         f"GiB at {options['price_per_gpu_hour']:g} per hour, {options['usable']:.0%} usable\n"
     )
-    lines: list[tuple[str, ...]] = [("N", "system", "memory", "GPUs", "per month", "per fine-tune")]
+    rows: list[tuple[str, ...]] = [("N", "system", "memory", "GPUs", "per month", "per fine-tune")]
     for row in projection["rows"]:
         cost = row["cost"]
         money = (f"{cost['per_month']:,.0f}", f"{cost['per_month_per_fine_tune']:,.2f}")
         memory = size(row["memory_bytes"])
-        lines.append((str(row["fine_tunes"]), row["system"], memory, str(cost["machines"]), *money))
-    print_table(lines)
+        rows.append((str(row["fine_tunes"]), row["system"], memory, str(cost["machines"]), *money))
+    print_table(rows)
 
 
 def size(num_bytes: float) -> str:
     """In decimal units, three digits."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return (
-                f"{num_bytes / factor:.3g} {unit}" if num_bytes < 999.5 * factor else f"{num_bytes / factor:.0f} {unit}"
-            )
+            return f"{num_bytes / factor:.{3 if num_bytes < 999.5 * factor else 4}g} {unit}"
     return f"{num_bytes:.0f} B"
 
 
