@@ -80,9 +80,8 @@ def _print_costs(rows: Sequence[dict[str, Any]]) -> None:
 def _print_tenants(tenants: dict[str, Any]) -> None:
     lines = [("system", "memory", "disk", "basis")]
     for name, entry in tenants.items():
-        if entry is not None:
-            disk = size(entry["disk"]) if "disk" in entry else ""
-            lines.append((name.replace("_", " "), size(entry["memory"]), disk, entry["basis"]))
+        disk = size(entry["disk"]) if "disk" in entry else ""
+        lines.append((name.replace("_", " "), size(entry["memory"]), disk, entry["basis"]))
     print_table(lines)
 
 

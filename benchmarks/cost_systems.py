@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import random
 import statistics
 from collections.abc import Sequence
@@ -61,11 +60,8 @@ class Systems:
 
     def polyhead(self, fine_tunes: int) -> tuple[Row, list[Outcome]]:
         """Measured, whatever N is: adapters that do not fit the pool come from the host cache or the disk."""
-        rss_before = resident_bytes()
         with engine_with(self.adapters, loaded=_copy_of(self.merger.int8), **self.settings) as engine:
-            rss_engine = resident_bytes()
             resident = _load_most_popular(engine, fine_tunes)
-            rss_loaded = resident_bytes()
             _warm_up(engine, adapter_name(0))
             outcomes = [mixed(engine, self.asks(fine_tunes, r), self.concurrency) for r in range(self.repeats)]
             infos = engine.store.list()
@@ -84,8 +80,7 @@ class Systems:
                     "host_cache": host_bytes,
                     "page_tables": table_bytes,
                 },
-                "resident_set_growth_bytes": rss_loaded - rss_engine,
-                "resident_set_engine_bytes": rss_engine - rss_before,
+                "adapter_pool_allocated": engine.store.pool_bytes,
                 "adapters_loaded_before": resident,
                 "adapters_held": held,
                 "device_bytes_per_adapter": per_adapter,
@@ -154,12 +149,6 @@ class Systems:
             "basis": f"computed from the dedicated models' batches and a measured swap of {swap.seconds:.3f} s "
             f"({swap.method})",
         }
-
-
-def resident_bytes() -> int:
-    """Of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def same_first_tokens(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> float:

@@ -183,8 +183,6 @@ def _rows(systems: Systems, fine_tunes: int, swap: Swap) -> list[Row]:
 
 def _bytes_per_tenant(rows: list[Row], merger: Merger, swap: Swap) -> Row:
     polyhead = [row for row in rows if row["system"] == "polyhead"]
-    grown = [row for row in polyhead if row["adapters_loaded_before"] == row["fine_tunes"]]
-    largest = max(grown, key=lambda row: row["fine_tunes"]) if grown else None
     return {
         "dedicated": {"memory": merger.int8.num_bytes, "basis": "measured: the weights of one merged int8 model"},
         "dedicated_bf16": {"memory": merger.bytes_bf16_model, "basis": "measured: the same model in bfloat16"},
@@ -193,13 +191,6 @@ def _bytes_per_tenant(rows: list[Row], merger: Merger, swap: Swap) -> Row:
             "memory": polyhead[-1]["device_bytes_per_adapter"],
             "disk": polyhead[-1]["file_bytes_per_adapter"],
             "basis": "measured: mean bytes of an adapter in the device pool; as much again for its host copy",
-        },
-        "polyhead_resident_set": None
-        if largest is None
-        else {
-            "memory": largest["resident_set_growth_bytes"] / largest["fine_tunes"],
-            "basis": f"measured: growth of the process while {largest['fine_tunes']} adapters went into the pool, "
-            "their host copies not counted",
         },
     }
 
@@ -249,8 +240,9 @@ def _workload_facts(options: argparse.Namespace) -> Row:
         "prompt_tokens": dataclasses.asdict(PROMPT_TOKENS),
         "output_tokens": dataclasses.asdict(OUTPUT_TOKENS),
         "dedicated": "int8 merged models in Polyhead's own engine, resident, one running at a time, all cores to it",
-        "not_counted": "KV cache, code and buffers: alike for all systems per running sequence, though each dedicated "
-        "model would need a KV cache of its own; for swapped models the engine's own preparation after a swap",
+        "not_counted": "what is allocated of the adapter pool and not used; KV cache, code and buffers: alike for all "
+        "systems per running sequence, though each dedicated model would need a KV cache of its own; for swapped "
+        "models the engine's own preparation after a swap",
     }
 
 
