@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-gpu bench bench-perplexity proto clean
+.PHONY: setup demo test lint unit test-slow test-gpu bench bench-perplexity bench-cost bench-roofline proto clean
 BIN := .venv/bin
 
 setup:
@@ -30,6 +30,13 @@ bench: setup
 
 bench-perplexity: setup
 	$(BIN)/python benchmarks/perplexity.py
+
+bench-cost: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/deployment_cost.py
+
+bench-roofline: setup
+	$(BIN)/python benchmarks/roofline.py --profile
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto \

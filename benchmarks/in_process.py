@@ -1,0 +1,171 @@
+"""An engine in this process, without the wire: requests in, tokens out, and what each step was made of.
+
+Built from the server's public parts only (Engine, AdapterStore, ServerConfig, Metrics), so that a benchmark measures
+whatever stands behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polyhead_core.backbone import Backbone, load_backbone
+from polyhead_server.config import ServerConfig
+from polyhead_server.engine.engine import Engine, EngineStatus
+from polyhead_server.metrics import Metrics
+from polyhead_server.request import Event, FailedEvent, FinishedEvent, Request, SamplingParams, TokensEvent
+from polyhead_server.store.store import AdapterStore
+
+ANSWER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """One forward pass, as the engine reports it to its metrics."""
+
+    rows: int
+    distinct_adapters: int
+    """The backbone alone counts as one."""
+    prefill_tokens: int
+    decode_tokens: int
+    phase_s: dict[str, float]
+
+    @property
+    def is_pure_decode(self) -> bool:
+        return self.prefill_tokens == 0 and self.decode_tokens > 0
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phase_s.values())
+
+
+class StepLog(Metrics):
+    """The server's metrics, which also keep every step apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[StepFigures] = []
+
+    def step(self, *arguments: Any, **figures: Any) -> None:
+        super().step(*arguments, **figures)
+        names = ("rows", "distinct_adapters", "prefill_tokens", "decode_tokens", "phase_seconds")
+        known = {**dict(zip(names, arguments, strict=False)), **figures}
+        phase_s = dict(known["phase_seconds"])
+        counts = {name: int(known[name]) for name in names[:-1]}
+        self.steps.append(StepFigures(**counts, phase_s=phase_s))
+
+
+@dataclass
+class Answer:
+    """What one request has brought so far."""
+
+    on_event: Callable[[Answer, Event], None] | None = None
+    """Called on the engine's thread, for every event; must not call the engine."""
+    token_ids: list[int] = field(default_factory=list)
+    first_token_s: float | None = None
+    """time.monotonic() of the first token."""
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def sink(self, event: Event) -> None:
+        if isinstance(event, TokensEvent):
+            self.token_ids += event.token_ids
+            self.first_token_s = self.first_token_s or time.monotonic()
+        elif isinstance(event, FailedEvent):
+            self.error = event.error
+        if self.on_event is not None:
+            self.on_event(self, event)
+        if isinstance(event, FinishedEvent | FailedEvent):
+            self.done.set()
+
+    def result(self, timeout_s: float = ANSWER_TIMEOUT_S) -> list[int]:
+        """All tokens, once the request has ended. Raises what it failed with, or TimeoutError."""
+        if not self.done.wait(timeout_s):
+            raise TimeoutError(f"no end of the request within {timeout_s:g} s")
+        if self.error is not None:
+            raise self.error
+        return self.token_ids
+
+
+class InProcessEngine:
+    """A running engine with its store, and the log of its steps."""
+
+    def __init__(self, backbone: Backbone, config: ServerConfig) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.metrics = StepLog()
+        self.store = AdapterStore.for_backbone(config, backbone, self.metrics)
+        self.engine = Engine(config, backbone, self.store, self.metrics)
+        self._ids = itertools.count()
+
+    @property
+    def steps(self) -> list[StepFigures]:
+        return self.metrics.steps
+
+    @property
+    def status(self) -> EngineStatus:
+        return self.engine.status()
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.engine.kv_cache_bytes / (self.status.kv_blocks_total * self.config.kv_block_size)
+
+    def start(self) -> None:
+        self.store.start()
+        self.store.refresh()
+        self.engine.start()
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.store.stop()
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        adapter: str | None = None,
+        on_event: Callable[[Answer, Event], None] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Hands one request to the engine. `sampling` are SamplingParams'. Raises what the engine refuses with."""
+        answer = Answer(on_event)
+        request = Request(
+            request_id=str(next(self._ids)),
+            tenant="default",
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=SamplingParams(**sampling),
+            adapter=None if adapter is None else self.store.resolve(adapter),
+            arrival_s=time.monotonic(),
+        )
+        self.engine.submit(request, answer.sink)
+        return answer
+
+
+@contextlib.contextmanager
+def engine_with(
+    adapters: Path | None = None, *, loaded: Backbone | None = None, **settings: Any
+) -> Iterator[InProcessEngine]:
+    """A running engine over the adapters in a folder. `settings` are ServerConfig's.
+
+    `loaded`: a backbone to take instead of loading the one that the settings name; it belongs to the engine from then
+    on. Raises RuntimeError if the engine's thread died.
+    """
+    config = ServerConfig(adapters="" if adapters is None else str(adapters), **settings)
+    cache = Path(config.cache_dir) if config.cache_dir else None
+    backbone = loaded or load_backbone(
+        config.backbone, quantization=config.quantization, dtype=config.dtype, device=config.device, cache_dir=cache
+    )
+    running = InProcessEngine(backbone, config)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.close()
+    if not running.status.healthy:
+        raise RuntimeError("the engine's thread died: see its log")
