@@ -1,4 +1,4 @@
-"""Random LoRA adapters in PEFT's own format, as many as wanted, from a seed: peft writes one, the others are like it."""
+"""Random LoRA adapters in PEFT's own format, from a seed: peft writes one, all others have its names and shapes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_adapters(folder: Path, backbone_directory: Path, wanted: AdapterSet, s
     template = folder / f".{wanted.name}-template"
     _write_template(template, backbone_directory, wanted)
     with safe_open(template / _WEIGHTS, framework="pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118: no mapping
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     for number, name in enumerate(wanted.names):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         (target / name).mkdir(parents=True)

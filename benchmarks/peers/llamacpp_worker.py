@@ -105,9 +105,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         if not Path(quantised).exists():
             _quantise(gguf, quantised)
-        self._model = llama_cpp.llama_model_load_from_file(
-            quantised.encode(), llama_cpp.llama_model_default_params()
-        )
+        self._model = llama_cpp.llama_model_load_from_file(quantised.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama_model_load_from_file refused {quantised}")
         system = llama_cpp.llama_print_system_info().decode().strip()

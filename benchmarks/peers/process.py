@@ -1,4 +1,4 @@
-"""The parent's end: a worker process that is started once, asked many times, and held still while others are measured."""
+"""The parent's end: a worker process, started once, asked many times, held still while others are measured."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Worker:
     def __init__(
         self, name: str, python: Path, script: str, log: Path, environment: Mapping[str, str] | None = None
     ) -> None:
+        """`environment` is added to this process's own, or takes out of it what it gives as an empty text."""
         self.name = name
         self.facts: dict[str, Any] = {}
         """What its `load` said of versions and settings."""
@@ -41,7 +42,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={key: value for key, value in {**os.environ, **(environment or {})}.items() if value},
             process_group=0,  # not a new session: if this process dies, the kernel then ends stopped workers (SIGHUP)
         )
         self._replies: queue.Queue[str] = queue.Queue()

@@ -5,7 +5,7 @@ Commands, the same for every system; token ids are the backbone's, an adapter is
 | command | arguments | reply |
 |---|---|---|
 | `load` | the system's own | `{"versions": {...}, "settings": {...}}` |
-| `decode` | `prompts`, `adapters`, `steps` | `{"tokens": n, "seconds": s}`: `steps` greedy steps in which every row runs |
+| `decode` | `prompts`, `adapters`, `steps` | `{"tokens": n, "seconds": s}`: greedy steps in which every row runs |
 | `prefill` | `prompts` | `{"tokens": n, "seconds": s}`: one after the other, each until its first token is known |
 | `say` | `prompt`, `tokens`, `adapter` | `{"token_ids": [...]}`: one greedy answer |
 """

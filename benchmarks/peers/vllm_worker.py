@@ -68,9 +68,7 @@ class Vllm:
             request_id = str(self._num_asked)
             rows[request_id] = row
             lora = None if adapter is None else self._requests[adapter]
-            self._engine.add_request(
-                request_id, TokensPrompt(prompt_token_ids=list(prompt)), params, lora_request=lora
-            )
+            self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=list(prompt)), params, lora_request=lora)
         times_s: list[list[float]] = [[] for _ in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         while self._engine.has_unfinished_requests():
