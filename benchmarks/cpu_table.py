@@ -1,8 +1,8 @@
 """`make bench`: our engine against llama.cpp, vLLM and peft on the same cores, and against itself without adapters.
 
 Every case alternates the two sides, the same prompts to both within one repeat, each system in a process of its own
-that is held still while another is measured. Decode: greedy, steps in which all rows run. Peers are installed once, into
-environments of their own (`peers/install.py`). A peer that cannot run is reported as not measured, with the reason.
+that is held still while another is measured. Decode: greedy, steps in which all rows run. Peers are installed once,
+into environments of their own (`peers/install.py`); one that cannot run is reported as not measured, with the reason.
     python benchmarks/cpu_table.py [--quick] [--cases decode-1 rank16-vllm] [--out benchmarks/results/cpu_table.json]
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -83,12 +84,14 @@ class Systems:
 
 def main() -> None:
     options = _options()
+    # As Ctrl-C: workers are closed and the adapters' folder is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     machine = machine_facts()
     say_if_busy(machine)
     began_s = time.monotonic()
     # Before anything is written: --out may name the very same file.
     last = json.loads(LAST_RESULT.read_text(encoding="utf-8")) if LAST_RESULT.exists() else None
-    cases = [case.shortened() if options.quick else case for case in CASES if case.key in options.cases]
+    cases = [case.smoke() if options.quick else case for case in CASES if case.key in options.cases]
     with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as folder, contextlib.ExitStack() as stack:
         setup = Setup(
             folder=Path(folder),
@@ -155,9 +158,10 @@ def _measure(case: Case, ours: Worker, peer: Worker, vocab_size: int, options: a
     """Warms both sides up, then A B A B, every other pair in reverse order, against drift."""
     repeats = options.slow_repeats if case.peer in ("vllm", "peft") else options.repeats
     sides = ((ours, case.our_adapters), (peer, case.peer_adapters))
-    warm = case.prompts(options.seed, -1, vocab_size)
+    warm_up = case.warm_up()
+    prompts = warm_up.prompts(options.seed, -1, vocab_size)
     configurations = {
-        worker.name: _ask(case.shortened(), worker, warm, with_adapters).get("configuration")
+        worker.name: _ask(warm_up, worker, prompts, with_adapters).get("configuration")
         for worker, with_adapters in sides
     }
     rates: dict[str, list[float]] = {ours.name: [], peer.name: []}

@@ -28,11 +28,13 @@ class Case:
     """A different adapter in each row."""
     peer_adapters: bool = False
 
-    def shortened(self) -> Case:
-        """For a smoke run."""
-        if self.work == "prefill":
-            return replace(self, rows=1)
-        return replace(self, prompt_tokens=min(self.prompt_tokens, 16), steps=4)
+    def warm_up(self) -> Case:
+        """The same shape of work, as little of it as will do."""
+        return replace(self, rows=1) if self.work == "prefill" else replace(self, steps=4)
+
+    def smoke(self) -> Case:
+        """A small case of the same kind: does it run at all?"""
+        return replace(self, rows=min(self.rows, 4), prompt_tokens=16, steps=4)
 
     def prompts(self, seed: int, repeat: int, vocab_size: int) -> list[list[int]]:
         """Random token ids, the same for both sides, different in every repeat: no prefix is ever shared."""
