@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-gpu bench bench-perplexity bench-cost bench-roofline proto clean
+.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline proto clean
 BIN := .venv/bin
 
 setup:
@@ -26,6 +26,9 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench: setup
+	$(BIN)/python benchmarks/cpu_table.py
+
+bench-serving: setup
 	$(BIN)/python benchmarks/serving.py
 
 bench-perplexity: setup

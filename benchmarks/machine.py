@@ -16,6 +16,7 @@ PACKAGES = ("torch", "transformers", "peft", "grpcio", "polyhead")
 def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
+        "isa": _vector_extensions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
@@ -34,10 +35,21 @@ def say_if_busy(facts: dict[str, Any]) -> None:
 
 
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor()
+
+
+def _vector_extensions() -> list[str]:
+    """Of those that matter here: one name of a processor can stand for several of its kinds."""
+    flags = set(_cpuinfo("flags").split())
+    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return [flag for flag in wanted if flag in flags]
+
+
+def _cpuinfo(field: str) -> str:
+    """The first processor's."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def _git(*arguments: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from serving_workload import Ask
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 
 class PeftPeer:
@@ -42,8 +42,13 @@ class PeftPeer:
         return self._num_threads
 
     @torch.inference_mode()
-    def generate(self, asks: Sequence[Ask]) -> tuple[float, list[tuple[int, ...]]]:
-        """Seconds for the whole batch, greedy, and the answers. All asks must want the same number of tokens."""
+    def generate(
+        self, asks: Sequence[Ask], each_token: StoppingCriteria | None = None
+    ) -> tuple[float, list[tuple[int, ...]]]:
+        """Seconds for the whole batch, greedy, and the answers. All asks must want the same number of tokens.
+
+        `each_token` is called after each of them, for who wants their times.
+        """
         (output_tokens,) = {ask.output_tokens for ask in asks}
         longest = max(len(ask.prompt) for ask in asks)
         ids_BT = torch.zeros(len(asks), longest, dtype=torch.long)
@@ -61,6 +66,7 @@ class PeftPeer:
             min_new_tokens=output_tokens,
             max_new_tokens=output_tokens,
             pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([] if each_token is None else [each_token]),
         )
         wall_s = time.monotonic() - began_s
         return wall_s, [tuple(row[longest:].tolist()) for row in output_BT]
