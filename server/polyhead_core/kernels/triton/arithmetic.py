@@ -13,19 +13,19 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def round_half_even(x: Any) -> Any:
+def round_half_even(x):
     """x to the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bit below the point."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def int8_scale(largest: Any) -> Any:
+def int8_scale(largest):
     """The a of reference.quantize_rows for the largest |x| of a row."""
     return tl.maximum(tl.div_rn(largest, 127.0), 1e-12)
 
 
 @triton.jit
-def to_int8(x: Any, scale: Any) -> Any:
+def to_int8(x, scale):
     return round_half_even(tl.div_rn(x, scale)).to(tl.int8)
 
 

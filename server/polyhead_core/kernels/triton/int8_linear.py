@@ -7,7 +7,6 @@ W8A8 row is bit for bit the same in every tile shape: integer sums, then float s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import triton
@@ -43,8 +42,8 @@ def default_tile(rows: int) -> Tile:
 
 @triton.jit
 def _scaled(
-    y: Any, absmax_ptr: Any, bias_ptr: Any, outputs: Any, inside: Any, BIASED: tl.constexpr
-) -> Any:  # fmt: skip
+    y, absmax_ptr, bias_ptr, outputs, inside, BIASED: tl.constexpr
+):  # fmt: skip
     """The columns' scale and bias, which W8A8 and W8A16 share."""
     absmax = tl.load(absmax_ptr + outputs, mask=inside, other=0.0)
     y = y * tl.div_rn(absmax, 127.0)[None, :]
@@ -53,14 +52,14 @@ def _scaled(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _int8_kernel(
-    q_ptr: Any, scale_ptr: Any, high_ptr: Any, high_scale_ptr: Any, low_ptr: Any, low_scale_ptr: Any,
-    weight_ptr: Any, absmax_ptr: Any, outlier_weight_ptr: Any, bias_ptr: Any, y_ptr: Any,
-    num_rows: Any, width: Any, num_outputs: Any, num_outliers: Any,
+    q_ptr, scale_ptr, high_ptr, high_scale_ptr, low_ptr, low_scale_ptr,
+    weight_ptr, absmax_ptr, outlier_weight_ptr, bias_ptr, y_ptr,
+    num_rows, width, num_outputs, num_outliers,
     OUTLIERS: tl.constexpr, BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     has_output, has_row = outputs < num_outputs, rows < num_rows
@@ -97,10 +96,10 @@ def _int8_kernel(
 
 @triton.jit
 def _epilogue_kernel(
-    sums_ptr: Any, scale_ptr: Any, high_ptr: Any, high_scale_ptr: Any, low_ptr: Any, low_scale_ptr: Any,
-    absmax_ptr: Any, bias_ptr: Any, y_ptr: Any, num_outputs: Any,
+    sums_ptr, scale_ptr, high_ptr, high_scale_ptr, low_ptr, low_scale_ptr,
+    absmax_ptr, bias_ptr, y_ptr, num_outputs,
     OUTLIERS: tl.constexpr, BIASED: tl.constexpr, BLOCK_O: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """What _int8_kernel does after its sums, in the same order, for sums that cuBLAS made."""
     outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(1).to(tl.int64)
@@ -117,13 +116,13 @@ def _epilogue_kernel(
     tl.store(y_ptr + at, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _weight_only_kernel(
-    x_ptr: Any, weight_ptr: Any, absmax_ptr: Any, input_scale_ptr: Any, bias_ptr: Any, y_ptr: Any,
-    num_rows: Any, width: Any, num_outputs: Any,
+    x_ptr, weight_ptr, absmax_ptr, input_scale_ptr, bias_ptr, y_ptr,
+    num_rows, width, num_outputs,
     SMOOTHED: tl.constexpr, BIASED: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     has_output, has_row = outputs < num_outputs, rows < num_rows

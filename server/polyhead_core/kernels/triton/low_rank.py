@@ -1,14 +1,13 @@
 """The adapters' products over rank pages: y[t] += B (A x[t]) with each row's own adapter, whatever its rank.
 
-Shapes: T rows, I width, O outputs, P pages of an adapter, C chunks of the width. A program takes BLOCK_T rows that
-stand together and goes through their runs of one slot: with BLOCK_T = 1 it is a gather per row (BGMV, Punica, Chen et
-al. 2023), with 16 and rows that stand sorted by slot a product per segment (SGMV), which reads a page once for the run.
-A row's sums are taken in an order that depends on the width alone. Rows with slot -1 are not touched.
+Shapes: T rows, I width, O outputs, P pages of an adapter, C chunks of the width. A program takes STEP rows that stand
+together and goes through their runs of one slot: with STEP = 1 it is a gather per row (BGMV, Punica, Chen et al. 2023),
+with 16 and rows that stand sorted by slot a product per segment (SGMV), which reads a page once for the run. Both are
+the same code on the same tile of 16 rows, of which those outside the run are masked, so a row's sums are taken in an
+order that depends on the width alone. Rows with slot -1 are not touched.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -16,18 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
-from polyhead_core.kernels.triton.arithmetic import tile_width
+from polyhead_core.kernels.triton.arithmetic import product_dtype, tile_width
 
 _RANKS = tl.constexpr(RANKS_PER_PAGE)
 _UNIT = tl.constexpr(UNIT)
 _CHUNK = 512
 """Width that one program sums up; the chunks' sums are then added in one fixed tree."""
-_ROWS_OF_A_SEGMENT_TILE = 16
+_BLOCK_T = 16
+_BLOCK_I = 128
 _BLOCK_O = 128
 
 
 @triton.jit
-def _run_end(slots_ptr: Any, first: Any, limit: Any) -> Any:
+def _run_end(slots_ptr, first, limit):
     """The row after the last one from `first` on that has the same slot."""
     slot = tl.load(slots_ptr + first)
     end = first + 1
@@ -36,17 +36,17 @@ def _run_end(slots_ptr: Any, first: Any, limit: Any) -> Any:
     return end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "site"])
 def _shrink_kernel(
-    x_ptr: Any, arena_ptr: Any, num_pages_ptr: Any, pages_ptr: Any, slots_ptr: Any, partial_ptr: Any,
-    num_rows: Any, width: Any, site: Any, num_sites: Any, max_pages: Any, num_chunks: Any,
-    BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, BLOCK_I: tl.constexpr,
-) -> None:  # fmt: skip
+    x_ptr, arena_ptr, num_pages_ptr, pages_ptr, slots_ptr, partial_ptr,
+    num_rows, width, site, num_sites, max_pages, num_chunks,
+    STEP: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """partial[t, p, c] = A_p x[t] over the columns of chunk c: [RANKS]."""
-    first = tl.program_id(0) * BLOCK_T
+    first = tl.program_id(0) * STEP
     page, chunk = tl.program_id(1), tl.program_id(2)
     rows = first + tl.arange(0, BLOCK_T)
-    limit = tl.minimum(first + BLOCK_T, num_rows)
+    limit = tl.minimum(first + STEP, num_rows)
     r = tl.arange(0, _RANKS)
     while first < limit:
         slot = tl.load(slots_ptr + first)
@@ -63,25 +63,25 @@ def _shrink_kernel(
                 x = tl.load(
                     x_ptr + rows.to(tl.int64)[:, None] * width + i[None, :], mask=mine[:, None] & inside[None, :],
                     other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                a = tl.load(a_ptr + r[:, None] * width + i[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-                sums += tl.sum(x[:, None, :] * a[None, :, :], axis=2)
+                )  # fmt: skip
+                a = tl.load(a_ptr + r[:, None] * width + i[None, :], mask=inside[None, :], other=0.0)
+                sums = tl.dot(x.to(PRODUCT), tl.trans(a).to(PRODUCT), sums, input_precision="ieee")
             at = (rows.to(tl.int64) * max_pages + page) * num_chunks + chunk
             tl.store(partial_ptr + at[:, None] * _RANKS + r[None, :], sums, mask=mine[:, None])
         first = end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "site"])
 def _expand_kernel(
-    y_ptr: Any, arena_ptr: Any, num_pages_ptr: Any, pages_ptr: Any, bias_ptr: Any, slots_ptr: Any, partial_ptr: Any,
-    num_rows: Any, num_outputs: Any, site: Any, num_sites: Any, max_pages: Any, num_chunks: Any,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-) -> None:  # fmt: skip
+    y_ptr, arena_ptr, num_pages_ptr, pages_ptr, bias_ptr, slots_ptr, partial_ptr,
+    num_rows, num_outputs, site, num_sites, max_pages, num_chunks,
+    STEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """y[t] += sum over p of B_p^T (sum over c of partial[t, p, c]), plus the slot's bias."""
-    first = tl.program_id(0) * BLOCK_T
+    first = tl.program_id(0) * STEP
     outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     rows = first + tl.arange(0, BLOCK_T)
-    limit = tl.minimum(first + BLOCK_T, num_rows)
+    limit = tl.minimum(first + STEP, num_rows)
     inside = outputs < num_outputs
     chunks = tl.arange(0, BLOCK_C)
     while first < limit:
@@ -116,11 +116,11 @@ def _expand_kernel(
         first = end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _embedding_kernel(
-    y_ptr: Any, tokens_ptr: Any, arena_ptr: Any, num_pages_ptr: Any, pages_ptr: Any, slots_ptr: Any,
-    num_outputs: Any, site: Any, num_sites: Any, max_pages: Any, BLOCK_O: tl.constexpr,
-) -> None:  # fmt: skip
+    y_ptr, tokens_ptr, arena_ptr, num_pages_ptr, pages_ptr, slots_ptr,
+    num_outputs, site, num_sites, max_pages, BLOCK_O: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = outputs < num_outputs
@@ -156,21 +156,34 @@ def low_rank_add(
     if num_rows == 0:
         return
     assert y_TO.is_contiguous()
-    assert slots_T.is_contiguous()
     segments = num_rows > 64 if by_segment is None else by_segment
-    block_t = _ROWS_OF_A_SEGMENT_TILE if segments else 1
+    step = _BLOCK_T if segments else 1
     num_sites, max_pages = tables.pages.shape[1], tables.pages.shape[2]
     num_chunks = triton.cdiv(width, _CHUNK)
-    tiles = triton.cdiv(num_rows, block_t)
+    tiles = triton.cdiv(num_rows, step)
     partial_TPCR = torch.empty(num_rows, max_pages, num_chunks, RANKS_PER_PAGE, device=x_TI.device)
     _shrink_kernel[(tiles, max_pages, num_chunks)](
-        x_TI.contiguous(), tables.arena, tables.num_pages, tables.pages, slots_T, partial_TPCR,
+        x_TI.contiguous(), tables.arena, tables.num_pages, tables.pages, slots_T.contiguous(), partial_TPCR,
         num_rows, width, site, num_sites, max_pages, num_chunks,
-        BLOCK_T=block_t, CHUNK=_CHUNK, BLOCK_I=32 if segments else _CHUNK, num_warps=4,
+        STEP=step, PRODUCT=product_dtype(x_TI, tables.arena),
+        BLOCK_T=_BLOCK_T, CHUNK=_CHUNK, BLOCK_I=_BLOCK_I, num_warps=2,
     )  # fmt: skip
     num_outputs = y_TO.shape[1]
     _expand_kernel[(tiles, triton.cdiv(num_outputs, _BLOCK_O))](
-        y_TO, tables.arena, tables.num_pages, tables.pages, tables.bias, slots_T, partial_TPCR,
+        y_TO, tables.arena, tables.num_pages, tables.pages, tables.bias, slots_T.contiguous(), partial_TPCR,
         num_rows, num_outputs, site, num_sites, max_pages, num_chunks,
-        BLOCK_T=block_t, BLOCK_O=_BLOCK_O, BLOCK_C=tile_width(num_chunks, 1), num_warps=4,
+        STEP=step, BLOCK_T=_BLOCK_T, BLOCK_O=_BLOCK_O, BLOCK_C=tile_width(num_chunks, 1), num_warps=4,
+    )  # fmt: skip
+
+
+def embedding_add(y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> None:
+    """See reference.embedding_add; y of any float type is rounded once."""
+    num_rows, num_outputs = y_TO.shape
+    if num_rows == 0:
+        return
+    assert y_TO.is_contiguous()
+    num_sites, max_pages = tables.pages.shape[1], tables.pages.shape[2]
+    _embedding_kernel[(num_rows, triton.cdiv(num_outputs, _BLOCK_O))](
+        y_TO, token_ids_T.contiguous(), tables.arena, tables.num_pages, tables.pages, slots_T.contiguous(),
+        num_outputs, site, num_sites, max_pages, BLOCK_O=_BLOCK_O, num_warps=4,
     )  # fmt: skip

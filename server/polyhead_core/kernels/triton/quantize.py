@@ -6,7 +6,6 @@ Shapes: T rows, I width, K outlier columns. A program holds one row; rows never 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -34,9 +33,7 @@ class QuantizedRows:
 
 
 @triton.jit
-def _load_x(
-    x_ptr: Any, other_ptr: Any, row: Any, stride: Any, columns: Any, inside: Any, factor: Any, SOURCE: tl.constexpr
-) -> Any:
+def _load_x(x_ptr, other_ptr, row, stride, columns, inside, factor, SOURCE: tl.constexpr):
     """x at `columns` of a row in float32: plain, weight * (x * factor), or silu(x) * other."""
     x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == 1:
@@ -49,12 +46,12 @@ def _load_x(
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr: Any, other_ptr: Any, input_scale_ptr: Any, inlier_ptr: Any, outlier_ptr: Any,
-    q_ptr: Any, scale_ptr: Any, high_ptr: Any, high_scale_ptr: Any, low_ptr: Any, low_scale_ptr: Any, x_out_ptr: Any,
-    width: Any, stride: Any, num_outliers: Any, eps: Any,
+    x_ptr, other_ptr, input_scale_ptr, inlier_ptr, outlier_ptr,
+    q_ptr, scale_ptr, high_ptr, high_scale_ptr, low_ptr, low_scale_ptr, x_out_ptr,
+    width, stride, num_outliers, eps,
     SOURCE: tl.constexpr, SMOOTHED: tl.constexpr, OUTLIERS: tl.constexpr, KEEP_X: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_I)
     inside = columns < width
