@@ -1,6 +1,6 @@
 """Triton's kernels against the reference that defines them, on random shapes; rows never depend on their batch.
 
-On a CUDA device by `make test-gpu`; elsewhere in Triton's interpreter, with every other test, where triton is installed.
+On a CUDA device by `make test-gpu`; elsewhere in Triton's interpreter with all other tests, where triton is installed.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def _attention_kernel(
         while segment <= last_segment:
             part_largest, part_total, part_values = _segment_softmax(
                 q, k_ptr, v_ptr, table_ptr, kv_head, positions, mine,
-                tl.maximum(segment * SEGMENT, first_key), tl.minimum((segment + 1) * SEGMENT, last_key + 1), block_stride, head_stride,
+                tl.maximum(segment * SEGMENT, first_key), tl.minimum((segment + 1) * SEGMENT, last_key + 1),
+                block_stride, head_stride,
                 scale, window, softcap, head_width, BLOCK_SIZE, SOFTCAP, WINDOW, PRODUCT, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             if SPLIT:

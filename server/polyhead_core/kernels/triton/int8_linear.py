@@ -216,7 +216,7 @@ def int8_linear_weight_only(
     bias_O: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """See reference.int8_linear_weight_only. With bfloat16 x the smoothed x is rounded to bfloat16 before the product."""
+    """See reference.int8_linear_weight_only. With bfloat16 x, x / input_scale is rounded to bfloat16."""
     (num_rows, width), num_outputs = x_TI.shape, weight_OI.shape[0]
     assert weight_OI.is_contiguous()
     tile = tile or Tile(block_t=16, block_o=32, block_i=128, num_warps=4, num_stages=4)

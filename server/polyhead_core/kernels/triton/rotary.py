@@ -92,7 +92,8 @@ def _launch(
 ) -> None:
     assert k_pages_NGBD.is_contiguous()
     assert v_pages_NGBD.is_contiguous()
-    q_THD, k_TGD, v_TGD = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (q_THD, k_TGD, v_TGD))
+    q_THD = None if q_THD is None else _dense_widths(q_THD)
+    k_TGD, v_TGD = _dense_widths(k_TGD), _dense_widths(v_TGD)
     num_tokens, kv_heads, head_width = k_TGD.shape
     num_heads = 1 if q_THD is None else q_THD.shape[1]
     q_strides = (0, 0) if q_THD is None else q_THD.stride()[:2]
@@ -106,3 +107,7 @@ def _launch(
         BLOCK_H=tile_width(num_heads, 1), BLOCK_G=tile_width(kv_heads, 1), BLOCK_D=tile_width(head_width),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _dense_widths(x_THD: Tensor) -> Tensor:
+    return x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
