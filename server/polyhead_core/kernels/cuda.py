@@ -15,7 +15,7 @@ def load() -> Any | None:
     """The module `polyhead_core.kernels.triton.entry`, or None where triton is not installed."""
     if find_spec("triton") is None:
         logger.warning(
-            "triton is not installed, so on CUDA the reference runs in place of the kernels: Python loops over rows for "
+            "triton is not installed, so on CUDA the reference runs instead: loops over rows in Python for "
             "adapters and attention, and no CUDA graph can hold them; install triton (CUDA builds of torch bring it)"
         )
         return None
