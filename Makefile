@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline proto clean
+.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-gpu proto clean
 BIN := .venv/bin
 
 setup:
@@ -30,6 +30,9 @@ bench: setup
 
 bench-serving: setup
 	$(BIN)/python benchmarks/serving.py
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 bench-perplexity: setup
 	$(BIN)/python benchmarks/perplexity.py

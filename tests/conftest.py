@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter, which must be chosen before anything imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from polyhead_core.backbone import resolve_source
 

@@ -1,4 +1,4 @@
-"""Picks, per device, the implementation of each kernel: C++ on the CPU, the torch reference everywhere else.
+"""Picks, per device, the implementation of each kernel: C++ on the CPU, Triton on CUDA, the torch reference elsewhere.
 
 Float activations of other types than float32 are computed in float32 and rounded once, at the end.
 """
@@ -20,6 +20,14 @@ def _cpu(tensor: Tensor) -> Any | None:
     from polyhead_core.kernels.cpu import build  # built on the first use of the CPU, not at import
 
     return build.load()
+
+
+def _triton(tensor: Tensor) -> Any | None:
+    if tensor.device.type != "cuda":
+        return None
+    from polyhead_core.kernels import cuda  # triton is imported on the first use of CUDA, not at import
+
+    return cuda.load()
 
 
 class PackedLinear(Protocol):
@@ -65,14 +73,19 @@ def int8_linear(
     """See reference.int8_linear; x may be of any float type, the result is float32 [T, O]."""
     if x_TI.shape[0] == 0:  # a step that only prefills wants no logits
         return x_TI.new_empty(0, weight_OI.shape[0], dtype=torch.float32)
-    return reference.int8_linear(x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O)
+    triton = _triton(x_TI)
+    function = reference.int8_linear if triton is None else triton.int8_linear
+    result: Tensor = function(x_TI, weight_OI, absmax_O, input_scale_I, outlier_columns_K, outlier_weight_OK, bias_O)
+    return result
 
 
 def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> Tensor:
     """y with the adapters' products added; float32 y is changed in place. See reference.low_rank_add."""
     out = y_TO.float().contiguous()
     kernels = _cpu(out)
-    if kernels is None:
+    if triton := _triton(out):
+        triton.low_rank_add(out, x_TI, tables, site, slots_T)
+    elif kernels is None:
         reference.low_rank_add(out, x_TI, tables, site, slots_T)
     else:
         x = x_TI.float().contiguous()
@@ -86,7 +99,9 @@ def embedding_add(
     """y with the adapters' embedding rows added; float32 y is changed in place. See reference.embedding_add."""
     out = y_TO.float().contiguous()
     kernels = _cpu(out)
-    if kernels is None:
+    if triton := _triton(out):
+        triton.embedding_add(out, token_ids_T, tables, site, slots_T)
+    elif kernels is None:
         reference.embedding_add(out, token_ids_T, tables, site, slots_T, vocab)
     else:
         kernels.embedding_add(
@@ -108,6 +123,11 @@ def paged_attention(
 ) -> Tensor:
     """See reference.paged_attention; the result [T, H, D] has q's type."""
     kernels = _cpu(q_THD)
+    if triton := _triton(q_THD):
+        attended: Tensor = triton.paged_attention(
+            q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap
+        )
+        return attended
     if kernels is None:
         return reference.paged_attention(
             q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap
@@ -120,8 +140,9 @@ def paged_attention(
 
 
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
-    """See reference.write_kv: an indexed copy, the same on every device."""
-    reference.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
+    """See reference.write_kv: an indexed copy on the CPU, one launch on CUDA."""
+    write = _triton(k_TGD) or reference
+    write.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
@@ -133,4 +154,5 @@ def advise_huge_pages(tensor: Tensor) -> None:
 
 def is_accelerated(device: torch.device) -> bool:
     """Whether this device has kernels of its own."""
-    return _cpu(torch.empty(0, device=device)) is not None
+    probe = torch.empty(0, device=device)
+    return (_cpu(probe) or _triton(probe)) is not None

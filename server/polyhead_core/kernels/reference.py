@@ -146,3 +146,43 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: T
     blocks_T, offsets_T = slot_mapping_T // block_size, slot_mapping_T % block_size
     k_pages_NGBD[blocks_T, :, offsets_T] = k_TGD.to(k_pages_NGBD.dtype)
     v_pages_NGBD[blocks_T, :, offsets_T] = v_TGD.to(v_pages_NGBD.dtype)
+
+
+def int8_linear_weight_only(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    absmax_O: Tensor,
+    input_scale_I: Tensor | None = None,
+    bias_O: Tensor | None = None,
+) -> Tensor:
+    """y = (x / input_scale) W'^T * absmax / 127 + bias in float32: W8A16, activations not quantised."""
+    x_TI = x_TI.float()
+    if input_scale_I is not None:
+        x_TI = x_TI / input_scale_I
+    y_TO = (x_TI @ weight_OI.float().t()) * (absmax_O / INT8_MAX)
+    return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+
+def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps), in float32 (Zhang and Sennrich 2019)."""
+    x_TI = x_TI.float()
+    return weight_I.float() * (x_TI * torch.rsqrt(x_TI.square().mean(dim=-1, keepdim=True) + eps))
+
+
+def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """y = gate / (1 + exp(-gate)) * up, in float32: the inner part of a gated MLP (SwiGLU, Shazeer 2020)."""
+    gate_TI = gate_TI.float()
+    return gate_TI * torch.sigmoid(gate_TI) * up_TI.float()
+
+
+def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotary position embedding of the first R widths, halves paired as transformers does: x cos + (-x2, x1) sin.
+
+    In float32, rounded once to x's type; widths beyond R pass through.
+    """
+    rotary_width = cos_TR.shape[-1]
+    x_THR = x_THD[..., :rotary_width].float()
+    first_THR, second_THR = x_THR.chunk(2, dim=-1)
+    turned_THR = torch.cat((-second_THR, first_THR), dim=-1)
+    rotated_THR = x_THR * cos_TR.float()[:, None] + turned_THR * sin_TR.float()[:, None]
+    return torch.cat((rotated_THR.to(x_THD.dtype), x_THD[..., rotary_width:]), dim=-1)

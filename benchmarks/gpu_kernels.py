@@ -1,0 +1,200 @@
+"""Each kernel on a CUDA device against its peers: alternating runs, medians, share of the bytes it must move.
+
+    python benchmarks/gpu_kernels.py [--rows 1,8,64] [--shapes 4096x4096,...] [--out results/gpu_kernels.json]
+
+Products: W8A8 and W8A16 in Triton, torch._int_mm with Triton around it, cuBLAS on a bfloat16 weight, and bitsandbytes'
+int8_linear_matmul where it can be imported. The default shapes are Llama-2-7B's. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine_facts
+
+from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
+
+Call = Callable[[], object]
+SHAPES = "12288x4096,4096x4096,22016x4096,4096x11008"
+HEADS, HEAD_WIDTH, BLOCK = 32, 128, 16
+RANK = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,8,64", help="rows of a step, with commas")
+    parser.add_argument("--shapes", default=SHAPES, help="OUTxIN of the products, with commas")
+    parser.add_argument("--context", type=int, default=1024, help="keys that each row attends to")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu_kernels.json"))
+    options = parser.parse_args()
+    require_device()
+    rows = [int(text) for text in options.rows.split(",")]
+    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")]
+    results = [row for count in rows for row in measure_rows(count, shapes, options.context)]
+    facts = machine_facts() | {"device": torch.cuda.get_device_name(), "triton": metadata.version("triton")}
+    print_table(results, facts)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": facts, "results": results}, indent=1))
+
+
+def require_device() -> None:
+    if not torch.cuda.is_available():
+        sys.exit(f"bench-gpu needs a CUDA device; torch {torch.__version__} on {platform.node()} finds none")
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("bench-gpu needs triton, which CUDA builds of torch bring: pip install triton")
+
+
+def measure_rows(rows: int, shapes: list[tuple[int, ...]], context: int) -> list[dict[str, Any]]:
+    measured = [
+        entry
+        for outputs, width in shapes
+        for entry in timed(f"int8 {outputs}x{width}", rows, width * outputs, products(rows, outputs, width))
+    ]
+    width = shapes[0][1]
+    kv_bytes = rows * context * 2 * HEADS * HEAD_WIDTH * 2
+    adapter_bytes = rows * RANK * 2 * width * 2
+    return [
+        *measured,
+        *timed("norm + quantise", rows, rows * width * 3, norms(rows, width)),
+        *timed(f"attention, {context} keys", rows, kv_bytes, attentions(rows, context)),
+        *timed(f"{rows} adapters, rank {RANK}", rows, adapter_bytes, adapter_products(rows, width)),
+    ]
+
+
+def timed(case: str, rows: int, num_bytes: int, calls: dict[str, Call]) -> list[dict[str, Any]]:
+    """One entry for each call: median seconds, and bytes that it must move (weights or KV) per second."""
+    from polyhead_core.kernels.triton.tuning import time_alternating
+
+    seconds = time_alternating(list(calls.values()))
+    return [
+        {"case": case, "rows": rows, "kernel": name, "seconds": time, "bytes": num_bytes}
+        for name, time in zip(calls, seconds, strict=True)
+        if time is not None
+    ]
+
+
+def products(rows: int, outputs: int, width: int) -> dict[str, Call]:
+    """The fastest of each family, and the peers. The time of quantising the rows is in the W8A8 products' time."""
+    from polyhead_core.kernels.triton import int8_linear, quantize, tuning
+
+    device = torch.device("cuda")
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    weight = torch.randint(-127, 128, (outputs, width), device=device, dtype=torch.int8)
+    absmax = torch.rand(outputs, device=device) + 0.5
+    dense = weight.bfloat16()
+    key = tuning.ShapeKey(rows=rows, width=width, outputs=outputs, outliers=0)
+    table = tuning.TuningTable.of(device)
+    table.measure(key, tuning.w8a8_candidates(key, device) + tuning.float_candidates(key, device))
+    tiles = {tile.name: tile for tile in (*tuning.W8A8_TILES, *tuning.W8A16_TILES)}
+    best = min(
+        (seconds, name) for name, seconds in table.seconds(key)["w8a8"].items() if name != "cublas"
+    )[1]  # fmt: skip
+    weight_only = tiles[table.fastest(key, "w8a16")]
+
+    def by_cublas() -> torch.Tensor:
+        return int8_linear.int8_product_cublas(quantize.quantize_rows(x), weight, absmax)
+
+    calls: dict[str, Call] = {
+        f"W8A8 triton {best}": partial(int8_linear.int8_linear, x, weight, absmax, tile=tiles[best]),
+        "W8A8 _int_mm": by_cublas,
+        f"W8A16 triton {weight_only.name}": partial(
+            int8_linear.int8_linear_weight_only, x, weight, absmax, tile=weight_only
+        ),
+        "bf16 cuBLAS": partial(torch.nn.functional.linear, x, dense),
+    }
+    return calls | bitsandbytes_product(x, weight)
+
+
+def bitsandbytes_product(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Call]:
+    """Its int8 product, the rows' quantisation included, the scales not; empty where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    import bitsandbytes.functional as peer
+
+    half = x.half()
+
+    def product() -> torch.Tensor:
+        quantized, _, _ = peer.int8_vectorwise_quant(half)
+        result: torch.Tensor = peer.int8_linear_matmul(quantized, weight)
+        return result
+
+    return {f"bitsandbytes {metadata.version('bitsandbytes')}": product}
+
+
+def norms(rows: int, width: int) -> dict[str, Call]:
+    from polyhead_core.kernels import reference
+    from polyhead_core.kernels.triton import quantize
+
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(width, device="cuda")
+    return {
+        "triton": partial(quantize.rms_norm_quantize, x, weight, 1e-5),
+        "torch": lambda: reference.quantize_rows(reference.rms_norm(x, weight, 1e-5)),
+    }
+
+
+def attentions(rows: int, context: int) -> dict[str, Call]:
+    """One decode token of each sequence; the peer reads keys and values that lie in one piece."""
+    from polyhead_core.kernels.triton.attention import paged_attention
+
+    blocks = -(-context // BLOCK)
+    q = torch.randn(rows, HEADS, HEAD_WIDTH, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(rows * blocks, HEADS, BLOCK, HEAD_WIDTH, device="cuda", dtype=q.dtype) for _ in range(2))
+    tables = torch.randperm(rows * blocks, device="cuda").to(torch.int32).view(rows, blocks)
+    sequence = torch.arange(rows, device="cuda", dtype=torch.int32)
+    positions = torch.full((rows,), context - 1, device="cuda")
+    whole_k, whole_v = (
+        pages.view(rows, blocks, HEADS, BLOCK, HEAD_WIDTH).transpose(1, 2).flatten(2, 3) for pages in (k, v)
+    )
+    whole_k, whole_v = whole_k[:, :, :context], whole_v[:, :, :context]
+    scaled = torch.nn.functional.scaled_dot_product_attention
+    return {
+        "triton paged": partial(paged_attention, q, k, v, tables, sequence, positions, HEAD_WIDTH**-0.5),
+        "torch sdpa, contiguous": partial(scaled, q.unsqueeze(2), whole_k, whole_v),
+    }
+
+
+def adapter_products(rows: int, width: int) -> dict[str, Call]:
+    """Every row has an adapter of its own; the peer gathers one pair of matrices per row, ready stacked."""
+    from polyhead_core.kernels.triton.low_rank import low_rank_add
+
+    pages_per_adapter, units = RANK // RANKS_PER_PAGE, RANKS_PER_PAGE * width // UNIT
+    starts = torch.arange(rows * pages_per_adapter * 2, device="cuda", dtype=torch.int32) * units
+    tables = AdapterTables(
+        arena=torch.randn(len(starts) * units * UNIT, device="cuda").bfloat16(),
+        num_pages=torch.full((rows, 1), pages_per_adapter, device="cuda", dtype=torch.int32),
+        pages=starts.view(rows, 1, pages_per_adapter, 2),
+        bias=torch.full((rows, 1), -1, device="cuda", dtype=torch.int32),
+    )
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+    y = torch.zeros(rows, width, device="cuda", dtype=torch.bfloat16)
+    slots = torch.randperm(rows, device="cuda").to(torch.int32)
+    stacked_a, stacked_b = (torch.randn(rows, RANK, width, device="cuda").bfloat16() for _ in range(2))
+
+    def gathered() -> torch.Tensor:
+        low = torch.bmm(stacked_a[slots], x.unsqueeze(2))
+        return torch.bmm(low.transpose(1, 2), stacked_b[slots])
+
+    return {"triton pages": partial(low_rank_add, y, x, tables, 0, slots), "torch gather + bmm": gathered}
+
+
+def print_table(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    print(f"\n{facts['device']}; torch {torch.__version__}, triton {facts['triton']}; commit {facts['commit'][:12]}")
+    print(f"{'case':26} {'rows':>5}  {'kernel':32} {'microseconds':>12} {'GB/s':>8}")
+    for row in results:
+        microseconds, rate = row["seconds"] * 1e6, row["bytes"] / row["seconds"] / 1e9
+        print(f"{row['case']:26} {row['rows']:5d}  {row['kernel']:32} {microseconds:12.1f} {rate:8.0f}")
+
+
+if __name__ == "__main__":
+    main()

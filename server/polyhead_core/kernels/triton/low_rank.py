@@ -1,0 +1,189 @@
+"""The adapters' products over rank pages: y[t] += B (A x[t]) with each row's own adapter, whatever its rank.
+
+Shapes: T rows, I width, O outputs, P pages of an adapter, C chunks of the width. A program takes STEP rows that stand
+together and goes through their runs of one slot: with STEP = 1 it is a gather per row (BGMV, Punica, Chen et al. 2023),
+with 16 and rows that stand sorted by slot a product per segment (SGMV), which reads a page once for the run. Both are
+the same code on the same tile of 16 rows, of which those outside the run are masked, so a row's sums are taken in an
+order that depends on the width alone. Rows with slot -1 are not touched.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
+from polyhead_core.kernels.triton.arithmetic import product_dtype, tile_width
+
+_RANKS = tl.constexpr(RANKS_PER_PAGE)
+_UNIT = tl.constexpr(UNIT)
+_CHUNK = 512
+"""Width that one program sums up; the chunks' sums are then added in one fixed tree."""
+_BLOCK_T = 16
+_BLOCK_I = 128
+_BLOCK_O = 128
+
+
+@triton.jit
+def _run_end(slots_ptr, first, limit):
+    """The row after the last one from `first` on that has the same slot."""
+    slot = tl.load(slots_ptr + first)
+    end = first + 1
+    while tl.load(slots_ptr + end, mask=end < limit, other=-2) == slot:
+        end += 1
+    return end
+
+
+@triton.jit(do_not_specialize=["num_rows", "site"])
+def _shrink_kernel(
+    x_ptr, arena_ptr, num_pages_ptr, pages_ptr, slots_ptr, partial_ptr,
+    num_rows, width, site, num_sites, max_pages, num_chunks,
+    STEP: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """partial[t, p, c] = A_p x[t] over the columns of chunk c: [RANKS]."""
+    first = tl.program_id(0) * STEP
+    page, chunk = tl.program_id(1), tl.program_id(2)
+    rows = first + tl.arange(0, BLOCK_T)
+    limit = tl.minimum(first + STEP, num_rows)
+    r = tl.arange(0, _RANKS)
+    while first < limit:
+        slot = tl.load(slots_ptr + first)
+        end = _run_end(slots_ptr, first, limit)
+        count = tl.load(num_pages_ptr + slot * num_sites + site, mask=slot >= 0, other=0)
+        if page < count:
+            unit = tl.load(pages_ptr + ((slot * num_sites + site).to(tl.int64) * max_pages + page) * 2)
+            a_ptr = arena_ptr + unit.to(tl.int64) * _UNIT
+            mine = (rows >= first) & (rows < end)
+            sums = tl.zeros((BLOCK_T, _RANKS), dtype=tl.float32)
+            for start in tl.static_range(0, CHUNK, BLOCK_I):
+                i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
+                inside = i < width
+                x = tl.load(
+                    x_ptr + rows.to(tl.int64)[:, None] * width + i[None, :], mask=mine[:, None] & inside[None, :],
+                    other=0.0,
+                )  # fmt: skip
+                a = tl.load(a_ptr + r[:, None] * width + i[None, :], mask=inside[None, :], other=0.0)
+                sums = tl.dot(x.to(PRODUCT), tl.trans(a).to(PRODUCT), sums, input_precision="ieee")
+            at = (rows.to(tl.int64) * max_pages + page) * num_chunks + chunk
+            tl.store(partial_ptr + at[:, None] * _RANKS + r[None, :], sums, mask=mine[:, None])
+        first = end
+
+
+@triton.jit(do_not_specialize=["num_rows", "site"])
+def _expand_kernel(
+    y_ptr, arena_ptr, num_pages_ptr, pages_ptr, bias_ptr, slots_ptr, partial_ptr,
+    num_rows, num_outputs, site, num_sites, max_pages, num_chunks,
+    STEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y[t] += sum over p of B_p^T (sum over c of partial[t, p, c]), plus the slot's bias."""
+    first = tl.program_id(0) * STEP
+    outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    rows = first + tl.arange(0, BLOCK_T)
+    limit = tl.minimum(first + STEP, num_rows)
+    inside = outputs < num_outputs
+    chunks = tl.arange(0, BLOCK_C)
+    while first < limit:
+        slot = tl.load(slots_ptr + first)
+        end = _run_end(slots_ptr, first, limit)
+        if slot >= 0:
+            entry = slot * num_sites + site
+            mine = (rows >= first) & (rows < end)
+            sums = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
+            page = 0
+            count = tl.load(num_pages_ptr + entry)
+            while page < count:
+                unit = tl.load(pages_ptr + (entry.to(tl.int64) * max_pages + page) * 2 + 1)
+                b_ptr = arena_ptr + unit.to(tl.int64) * _UNIT
+                at = (rows.to(tl.int64) * max_pages + page) * num_chunks
+                for r in tl.static_range(_RANKS):
+                    v = tl.load(
+                        partial_ptr + (at[:, None] + chunks[None, :]) * _RANKS + r,
+                        mask=mine[:, None] & (chunks < num_chunks)[None, :], other=0.0,
+                    )  # fmt: skip
+                    b = tl.load(b_ptr + r * num_outputs + outputs, mask=inside, other=0.0).to(tl.float32)
+                    sums += tl.sum(v, axis=1)[:, None] * b[None, :]
+                page += 1
+            bias_unit = tl.load(bias_ptr + entry)
+            if bias_unit >= 0:
+                bias = tl.load(arena_ptr + bias_unit.to(tl.int64) * _UNIT + outputs, mask=inside, other=0.0)
+                sums += bias.to(tl.float32)[None, :]
+            at_y = y_ptr + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
+            here = mine[:, None] & inside[None, :]
+            y = tl.load(at_y, mask=here, other=0.0).to(tl.float32)
+            tl.store(at_y, (y + sums).to(y_ptr.dtype.element_ty), mask=here)
+        first = end
+
+
+@triton.jit(do_not_specialize=["site"])
+def _embedding_kernel(
+    y_ptr, tokens_ptr, arena_ptr, num_pages_ptr, pages_ptr, slots_ptr,
+    num_outputs, site, num_sites, max_pages, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = outputs < num_outputs
+    slot = tl.load(slots_ptr + row)
+    if slot >= 0:
+        entry = slot * num_sites + site
+        token = tl.load(tokens_ptr + row).to(tl.int64)
+        sums = tl.zeros((BLOCK_O,), dtype=tl.float32)
+        page = 0
+        count = tl.load(num_pages_ptr + entry)
+        while page < count:
+            units_ptr = pages_ptr + (entry.to(tl.int64) * max_pages + page) * 2
+            a_ptr = arena_ptr + tl.load(units_ptr).to(tl.int64) * _UNIT + token * _RANKS
+            b_ptr = arena_ptr + tl.load(units_ptr + 1).to(tl.int64) * _UNIT
+            for r in tl.static_range(_RANKS):
+                b = tl.load(b_ptr + r * num_outputs + outputs, mask=inside, other=0.0).to(tl.float32)
+                sums += tl.load(a_ptr + r).to(tl.float32) * b
+            page += 1
+        at_y = y_ptr + row * num_outputs + outputs
+        y = tl.load(at_y, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at_y, (y + sums).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def low_rank_add(
+    y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor, by_segment: bool | None = None
+) -> None:
+    """See reference.low_rank_add; y of any float type is rounded once, after all pages and the bias.
+
+    by_segment: tiles of 16 rows, for rows that stand sorted by slot (prefill); False: a program per row (decode); None:
+    by the number of rows. The choice changes who reads what, and no result.
+    """
+    num_rows, width = x_TI.shape
+    if num_rows == 0:
+        return
+    assert y_TO.is_contiguous()
+    segments = num_rows > 64 if by_segment is None else by_segment
+    step = _BLOCK_T if segments else 1
+    num_sites, max_pages = tables.pages.shape[1], tables.pages.shape[2]
+    num_chunks = triton.cdiv(width, _CHUNK)
+    tiles = triton.cdiv(num_rows, step)
+    partial_TPCR = torch.empty(num_rows, max_pages, num_chunks, RANKS_PER_PAGE, device=x_TI.device)
+    _shrink_kernel[(tiles, max_pages, num_chunks)](
+        x_TI.contiguous(), tables.arena, tables.num_pages, tables.pages, slots_T.contiguous(), partial_TPCR,
+        num_rows, width, site, num_sites, max_pages, num_chunks,
+        STEP=step, PRODUCT=product_dtype(x_TI, tables.arena),
+        BLOCK_T=_BLOCK_T, CHUNK=_CHUNK, BLOCK_I=_BLOCK_I, num_warps=2,
+    )  # fmt: skip
+    num_outputs = y_TO.shape[1]
+    _expand_kernel[(tiles, triton.cdiv(num_outputs, _BLOCK_O))](
+        y_TO, tables.arena, tables.num_pages, tables.pages, tables.bias, slots_T.contiguous(), partial_TPCR,
+        num_rows, num_outputs, site, num_sites, max_pages, num_chunks,
+        STEP=step, BLOCK_T=_BLOCK_T, BLOCK_O=_BLOCK_O, BLOCK_C=tile_width(num_chunks, 1), num_warps=4,
+    )  # fmt: skip
+
+
+def embedding_add(y_TO: Tensor, token_ids_T: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> None:
+    """See reference.embedding_add; y of any float type is rounded once."""
+    num_rows, num_outputs = y_TO.shape
+    if num_rows == 0:
+        return
+    assert y_TO.is_contiguous()
+    num_sites, max_pages = tables.pages.shape[1], tables.pages.shape[2]
+    _embedding_kernel[(num_rows, triton.cdiv(num_outputs, _BLOCK_O))](
+        y_TO, token_ids_T.contiguous(), tables.arena, tables.num_pages, tables.pages, slots_T.contiguous(),
+        num_outputs, site, num_sites, max_pages, BLOCK_O=_BLOCK_O, num_warps=4,
+    )  # fmt: skip
