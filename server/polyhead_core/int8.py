@@ -107,22 +107,32 @@ class Int8Linear(nn.Linear):
             )
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def packed(self, *, lasting: bool = False) -> dispatch.PackedLinear | None:
+    def packed(self) -> dispatch.PackedLinear | None:
         """The layer as the CPU's kernels read it, made on first use beside `weight`; None where there are none."""
         if self._packed is None:
-            self._packed = dispatch.pack_linear(
-                self.weight, self.SCB, self.input_scale, self.outlier_columns, self.bias, lasting=lasting
-            )
+            self._packed = self._pack(lasting=False)
         return self._packed
 
     def forget_packed(self) -> None:
         """Frees the packed copy; the next product makes it anew."""
         self._packed = None
 
+    def prepack(self) -> None:
+        """Keeps the packed form alone, for serving, where nobody reads `weight` again."""
+        packed = self._pack(lasting=True)
+        if packed is not None:
+            self._packed = packed
+            self.release_weight()
+
     def release_weight(self) -> None:
-        """Gives up `weight` once what multiplies has a copy of its own: for serving, where nobody reads it again."""
+        """Gives up `weight`, of which somebody who multiplies has a copy of his own."""
         self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
         self.outlier_weight = None
+
+    def _pack(self, *, lasting: bool) -> dispatch.PackedLinear | None:
+        return dispatch.pack_linear(
+            self.weight, self.SCB, self.input_scale, self.outlier_columns, self.bias, lasting=lasting
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles pack their own.

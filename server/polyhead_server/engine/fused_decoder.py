@@ -52,11 +52,12 @@ class CommonLayer:
 
 
 class FusedDecoder:
-    """The fused layers of one backbone."""
+    """The fused layers of one backbone and, where they are all its layers, a way through it past the module tree."""
 
-    def __init__(self, stack: Any, num_layers: int) -> None:
+    def __init__(self, stack: Any, num_layers: int, direct: DirectForward | None) -> None:
         self._stack = stack
         self.num_layers = num_layers
+        self.direct = direct
 
     def take_phase_seconds(self) -> dict[str, float]:
         """Seconds spent in each phase of the layers since the last call, waits for the other threads included."""
@@ -77,7 +78,6 @@ def fuse_decoder(backbone: Backbone, attention: Sequence[AttentionFacts], kv: KV
     first = next((one for one in taken if one is not None), None)
     if first is None or any((a.heads, a.kv_heads, a.head_width) != _heads(attention[0]) for a in attention):
         return None
-    _ = backbone.num_bytes  # counted before the weights change hands
     fusion = _Fusion(backbone, path, layers, attention, kv, first)
     return fusion.run([one if one is not None and _alike(one, first) else None for one in taken])
 
@@ -190,6 +190,52 @@ def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
+class DirectForward:
+    """Embedding, rotary tables, fused layers, final norm of the wanted rows and head, without the calls in between.
+
+    The module tree around the layers costs a millisecond a step; it is replaced only where both give the same logits.
+    """
+
+    def __init__(self, model: Any, decoder: Any, layers: FusedLayers) -> None:
+        self._embed, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        self._head = model.get_output_embeddings()
+        self._layers = layers
+
+    def __call__(self, batch: StepBatch) -> Tensor:
+        """Logits [L, vocab] at the batch's logit rows."""
+        hidden = self._embed(batch.token_ids.unsqueeze(0))
+        tables = self._rotary(hidden, position_ids=batch.positions.unsqueeze(0))
+        hidden = self._layers(hidden, position_embeddings=tables, **{BATCH_ARGUMENT: batch})
+        logits: Tensor = self._head(self._norm(hidden[:, batch.logit_rows]))[0]
+        return logits
+
+    @classmethod
+    def find(cls, backbone: Backbone, path: str, layers: FusedLayers, batch: StepBatch) -> DirectForward | None:
+        """None where the model has other parts between its layers and its logits, seen by what it computes."""
+        model: Any = backbone.model
+        decoder = model.get_submodule(path.rpartition(".")[0])
+        if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb", "norm")):
+            return None
+        direct = cls(model, decoder, layers)
+        if torch.allclose(direct(batch), run_tree(backbone, batch), rtol=1e-4, atol=1e-4):
+            return direct
+        logger.info("%s does more than its parts say: its module tree is kept", backbone.architecture)
+        return None
+
+
+def run_tree(backbone: Backbone, batch: StepBatch) -> Tensor:
+    """Logits [L, vocab] at the batch's logit rows, by the model's own forward."""
+    output = backbone.model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.positions.unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=batch.logit_rows,
+        **{BATCH_ARGUMENT: batch},
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
 class _Fusion:
     """Builds the fused call layer by layer, so that at most one layer's weights are held twice."""
 
@@ -227,12 +273,15 @@ class _Fusion:
             places.append(place)
             self._release(common, fused=place is not None)
             hidden = expected
-        for pages in (*self._kv.keys, *self._kv.values):
-            pages.zero_()
         self._swap(places)
         num_fused = sum(place is not None for place in places)
         logger.info("%d of %d decoder layers run as a fused call", num_fused, len(places))
-        return FusedDecoder(self._stack, num_fused) if num_fused else None
+        direct = None
+        if num_fused == len(places):
+            direct = DirectForward.find(self._backbone, self._path, FusedLayers(self._stack, 0, num_fused), batch)
+        for pages in (*self._kv.keys, *self._kv.values):
+            pages[: batch.block_tables.max() + 1].zero_()
+        return FusedDecoder(self._stack, num_fused, direct) if num_fused else None
 
     def _probe_batch(self) -> StepBatch:
         generator = torch.Generator().manual_seed(0)
@@ -268,12 +317,7 @@ class _Fusion:
 
         handle = self._layers[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self._backbone.model(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                **{BATCH_ARGUMENT: batch},
-            )
+            run_tree(self._backbone, batch)
         except Seen:
             return seen[0]
         finally:

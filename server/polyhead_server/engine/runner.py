@@ -13,11 +13,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import BackboneError
+from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels.tables import AdapterTables
 from polyhead_server.engine import attention
 from polyhead_server.engine.attention import AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
-from polyhead_server.engine.fused_decoder import fuse_decoder
+from polyhead_server.engine.fused_decoder import fuse_decoder, run_tree
 from polyhead_server.engine.site_modules import CurrentStep, attach
 from polyhead_server.kvcache.pool import KVPool, KVShape
 
@@ -45,7 +46,11 @@ class Runner:
         attention.register()
         backbone.model.set_attn_implementation(attention.NAME)
         attach(backbone.model, backbone.sites, self._step)
+        _ = backbone.num_bytes  # counted before the weights change hands
         self.fused = fuse_decoder(backbone, self.attention, self.kv) if fuse else None
+        for module in backbone.model.modules():
+            if isinstance(module, Int8Linear) and not module.weight.is_meta:
+                module.prepack()
 
     @property
     def num_fused_layers(self) -> int:
@@ -59,17 +64,11 @@ class Runner:
         """Logits [L, vocab] float32 at the batch's logit rows; the KV of all its tokens is in the pages afterwards."""
         self._step.batch = batch
         try:
-            output = self.backbone.model(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-                **{attention.BATCH_ARGUMENT: batch},
-            )
+            direct = None if self.fused is None else self.fused.direct
+            logits = run_tree(self.backbone, batch) if direct is None else direct(batch)
         finally:
             self._step.batch = None
-        logits: Tensor = output.logits[0].float()
-        return logits
+        return logits.float()
 
 
 @torch.inference_mode()
