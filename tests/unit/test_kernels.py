@@ -152,3 +152,17 @@ def test_embedding_rows_equal_the_reference(dtype: torch.dtype) -> None:
     expected = y.clone()
     reference.embedding_add(expected, tokens, tables, 1, slots, vocab)
     torch.testing.assert_close(dispatch.embedding_add(y.clone(), tokens, tables, 1, slots, vocab), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_equals_the_reference(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, vocab = (
+        int(torch.randint(1, 40, (1,), generator=generator)),
+        int(torch.randint(1, 5000, (1,), generator=generator)),
+    )
+    logits = (torch.randn(rows, vocab, generator=generator) * 3).round()  # with ties
+    logits[rows // 2, vocab // 2] = (float("nan"), float("inf"), float("-inf"), 3e38)[seed]
+    got = dispatch.greedy(logits)
+    assert torch.equal(got, reference.greedy(logits))
+    assert (got[rows // 2] == -1) == (seed < 3)

@@ -139,6 +139,13 @@ def paged_attention(
     return result.to(q_THD.dtype)
 
 
+def greedy(logits_LV: Tensor) -> Tensor:
+    """See reference.greedy; [L] int64."""
+    kernels = _cpu(logits_LV)
+    result: Tensor = (reference if kernels is None else kernels).greedy(logits_LV.contiguous())
+    return result
+
+
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
     """See reference.write_kv: an indexed copy on the CPU, one launch on CUDA."""
     write = _triton(k_TGD) or reference

@@ -140,6 +140,13 @@ def paged_attention(
     return out_THD
 
 
+def greedy(logits_LV: Tensor) -> Tensor:
+    """[L] int64: of each row the lowest id of the largest logit, -1 for a row that is not finite."""
+    largest_L1 = logits_LV.amax(dim=-1, keepdim=True)
+    ids_L = (logits_LV == largest_L1).to(torch.int8).argmax(dim=-1)
+    return torch.where(logits_LV.isfinite().all(dim=-1), ids_L, -1)
+
+
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:
     """Stores each token's key and value at its slot: block slot // block_size, offset slot % block_size."""
     block_size = k_pages_NGBD.shape[2]

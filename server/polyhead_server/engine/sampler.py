@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from polyhead_core.errors import EngineFailure
-from polyhead_server.engine.logprobs import finite_rows, token_logprobs
+from polyhead_core.kernels import dispatch
+from polyhead_server.engine.logprobs import token_logprobs
 from polyhead_server.request import SamplingParams, TokenLogprob
 
 _MIN_TEMPERATURE = 1e-30
@@ -80,15 +81,13 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | Engi
     assert len(logits_LV) == len(rows), "one row of logits for each sequence"
     if not rows:
         return []
-    finite = finite_rows(logits_LV).tolist()
+    likeliest = dispatch.greedy(logits_LV).tolist()
+    finite = [token_id >= 0 for token_id in likeliest]
     tokens: dict[int, int] = {}
-    plain = [index for index, row in enumerate(rows) if finite[index] and row.takes_plain_argmax]
-    if plain:
-        plain_LV = logits_LV if len(plain) == len(rows) else logits_LV[plain]
-        tokens.update(zip(plain, plain_LV.argmax(dim=-1).tolist(), strict=True))
     for index, row in enumerate(rows):
-        if finite[index] and index not in tokens:
-            tokens[index] = _draw(logits_LV[index].cpu().numpy(), row)
+        if finite[index]:
+            plain = row.takes_plain_argmax
+            tokens[index] = likeliest[index] if plain else _draw(logits_LV[index].cpu().numpy(), row)
     logprobs = _logprobs(logits_LV, rows, tokens)
     return [
         Sampled(tokens[index], logprobs.get(index))

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "decoder.h"
+#include "logits.h"
 
 namespace polyhead {
 namespace {
@@ -64,6 +65,14 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   return out;
 }
 
+at::Tensor greedy(const at::Tensor& logits) {
+  TORCH_CHECK(logits.scalar_type() == at::kFloat && logits.is_contiguous() && logits.dim() == 2 && logits.size(1) > 0,
+              "greedy reads contiguous float32 rows");
+  at::Tensor ids = at::empty({logits.size(0)}, at::kLong);
+  greedy_rows(logits.const_data_ptr<float>(), logits.size(0), logits.size(1), ids.data_ptr<int64_t>());
+  return ids;
+}
+
 }  // namespace
 }  // namespace polyhead
 
@@ -85,6 +94,7 @@ TORCH_LIBRARY(polyhead_cpu, library) {
               "int site, Tensor slots) -> ()", &low_rank_add);
   library.def("embedding_add(Tensor(a!) y, Tensor ids, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
               "int site, Tensor slots) -> ()", &embedding_add);
+  library.def("greedy(Tensor logits) -> Tensor", &greedy);
   library.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor sequences, "
               "Tensor positions, float scale, int window, float softcap) -> Tensor", &paged_attention);
 }
