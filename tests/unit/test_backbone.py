@@ -16,7 +16,7 @@ from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.convert import quantize_directory, save_int8
 from polyhead_core.errors import BackboneError, ConfigError
-from polyhead_core.int8 import Int8Linear
+from polyhead_core.int8 import Int8Linear, quantize_weight
 from polyhead_core.sites import SiteKind
 from tiny import CONFIGS, reference_model, save_backbone
 
@@ -87,6 +87,26 @@ def test_an_int8_checkpoint_saved_by_bitsandbytes_loads(tmp_path: Path) -> None:
         assert (backbone.model(IDS).logits - exact).norm() / exact.norm() < 0.15
     with pytest.raises(ConfigError, match="saved in int8"):
         load_backbone(str(tmp_path / "bnb"), quantization="none", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-untied"])
+def test_a_head_that_bitsandbytes_left_unquantised_is_quantised_at_load(kind: str, tmp_path: Path) -> None:
+    directory = save_backbone(kind, tmp_path / "model")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map="cpu")
+    assert theirs.lm_head.weight.dtype != torch.int8
+    theirs.save_pretrained(tmp_path / "bnb")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "bnb")
+    backbone = load_backbone(str(tmp_path / "bnb"), cache_dir=tmp_path / "cache")
+    expected_OI, expected_O = quantize_weight(theirs.lm_head.weight.detach())
+    head = backbone.model.get_submodule("lm_head")
+    assert isinstance(head, Int8Linear)
+    assert torch.equal(head.weight, expected_OI)
+    assert torch.equal(head.SCB, expected_O)
+    with torch.no_grad():
+        exact = reference_model(directory)(IDS).logits
+        assert (backbone.model(IDS).logits - exact).norm() / exact.norm() < 0.15
 
 
 def test_bitsandbytes_loads_a_plain_int8_checkpoint_of_ours(tmp_path: Path) -> None:
