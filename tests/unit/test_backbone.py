@@ -123,6 +123,21 @@ def test_bitsandbytes_loads_a_plain_int8_checkpoint_of_ours(tmp_path: Path) -> N
             assert torch.equal(layer.weight.SCB, module.SCB)
 
 
+def test_no_other_loader_takes_a_calibrated_directory_for_a_plain_one(tmp_path: Path) -> None:
+    directory = save_backbone("llama-untied", tmp_path / "model")
+    converted = load_backbone(str(directory), cache_dir=tmp_path / "cache")
+    (calibrated,) = (tmp_path / "cache" / "int8").iterdir()
+    settings = json.loads((calibrated / "config.json").read_text())["quantization_config"]
+    assert settings == {"quant_method": "polyhead_int8"}
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(calibrated, device_map="cpu")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, calibrated)
+    reloaded = load_backbone(str(calibrated), cache_dir=tmp_path / "cache")
+    with torch.no_grad():
+        assert torch.equal(reloaded.model(IDS).logits, converted.model(IDS).logits)
+
+
 def test_sites_are_the_embedding_and_every_linear_layer(tmp_path: Path) -> None:
     backbone = load_backbone(
         str(save_backbone("llama", tmp_path / "m")), quantization="none", cache_dir=tmp_path / "cache"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from polyhead_core.backbone.checkpoint import CheckpointReader, fingerprint
-from polyhead_core.backbone.convert import int8_directory, weight_name
+from polyhead_core.backbone.convert import OWN_QUANT_METHOD, int8_directory, weight_name
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.model import Backbone
 from polyhead_core.backbone.source import DEFAULT_SOURCE, resolve_source
@@ -70,11 +70,11 @@ def load_backbone(
 
 
 def is_int8_checkpoint(directory: Path) -> bool:
-    """Whether the directory holds LLM.int8 tensors; other quantisations raise BackboneError."""
+    """Whether the directory holds LLM.int8 tensors, plain or calibrated; other quantisations raise BackboneError."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings is None:
         return False
-    if settings.get("load_in_8bit"):
+    if settings.get("load_in_8bit") or settings.get("quant_method") == OWN_QUANT_METHOD:
         return True
     raise BackboneError(
         f"{directory} is quantised with {settings.get('quant_method')!r}: expected unquantised weights or LLM.int8"
