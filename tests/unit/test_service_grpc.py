@@ -27,6 +27,7 @@ from polyhead_core.errors import (
 )
 from polyhead_proto.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
 from polyhead_server.request import EventSink, Request
+from polyhead_server.service import convert
 
 
 @pytest.fixture
@@ -371,3 +372,17 @@ def test_a_taken_port_is_said_clearly(harness: Harness) -> None:
 
         with pytest.raises(ConfigError, match=service.address):
             asyncio.run(start())
+
+
+def test_a_chat_of_too_many_messages_is_refused_before_they_are_read(
+    stub: inference_pb2_grpc.InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(_: object) -> None:
+        raise AssertionError("the messages were converted")
+
+    monkeypatch.setattr(convert, "to_messages", unread)
+    message = inference_pb2.ChatMessage(role="user", content="")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Chat(inference_pb2.ChatRequest(messages=[message] * 100_000)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error_info(caught.value).reason == "PROMPT_TOO_LONG"

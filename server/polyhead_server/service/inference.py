@@ -77,6 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with self._accounted(context) as account:
             params = self._params(message.sampling)
             version = await self._adapter(message.adapter, account)
+            self._encoder.check_num_messages(len(message.messages))
             messages = convert.to_messages(message.messages)
             is_large = message.ByteSize() > _MAX_TEXT_BYTES_ON_LOOP
             token_ids = await self._off_loop_if(is_large, lambda: self._encoder.encode_chat(messages))

@@ -85,6 +85,15 @@ class PromptEncoder:
             raise _invalid("messages", "", f"the backbone's chat template refuses these messages: {error}") from error
         return self._check_count("messages", self._encode_marked(rendered))
 
+    def check_num_messages(self, num_messages: int) -> None:
+        """Raises PromptTooLong for more messages than the context has tokens, before anything is done with them."""
+        if num_messages > self._max_model_len:
+            raise PromptTooLong(
+                f"{num_messages} messages cannot fit the context of {self._max_model_len} tokens: each takes at"
+                " least one: send fewer",
+                details={"field": "messages", "num_messages": num_messages, "max_model_len": self._max_model_len},
+            )
+
     def check_room(self, token_ids: Sequence[int], field: str) -> None:
         """Raises PromptTooLong unless at least one token can be generated after these."""
         if len(token_ids) >= self._max_model_len:
@@ -93,6 +102,7 @@ class PromptEncoder:
     def _check_messages(self, messages: Sequence[ChatMessage]) -> None:
         if not messages:
             raise _invalid("messages", "", "there are no messages: send at least one")
+        self.check_num_messages(len(messages))
         for message in messages:
             if message.role not in ROLES:
                 expected = ", ".join(ROLES)
