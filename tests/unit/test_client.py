@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 from service_doubles import FakeInfo, Harness, until_cancelled
 
 import polyhead_client
 from polyhead_client import (
+    AdapterInUse,
     AdapterRejected,
     AsyncClient,
     Cancelled,
@@ -112,6 +114,18 @@ def test_adapters(call: Call) -> None:
     assert not call("pin", "french", False).pinned
     assert call("unload", "french").residency == "disk"
     assert call("adapter", "french") == call("adapters")[0]
+
+
+def test_what_is_in_use_is_not_the_requests_fault(
+    call: Call, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise server_errors.AdapterInUse(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
+
+    monkeypatch.setattr(harness.store, "unload", refuse)
+    with pytest.raises(AdapterInUse, match="pinned") as caught:
+        call("unload", "french")
+    assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_info_and_wait_until_ready(call: Call) -> None:

@@ -20,6 +20,7 @@ from adapter_making import TinyBackbone, edit_adapter, llama, logits, make_adapt
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from polyhead_core.errors import (
     AdapterFormatError,
+    AdapterInUse,
     AdapterRejected,
     AdapterTooLarge,
     ConfigError,
@@ -346,7 +347,7 @@ def test_load_and_unload(make_store: Callable[..., AdapterStore]) -> None:
     assert (info.peft_type, info.error, info.pinned, info.active_requests) == ("LORA", "", False, 0)
     version = store.resolve("adapter-02")
     slot = take(store, version)
-    with pytest.raises(InvalidRequest, match="in use by 1 request"):
+    with pytest.raises(AdapterInUse, match="in use by 1 request"):
         store.unload("adapter-02")
     store.release(version)
     info = store.unload("adapter-02")
@@ -371,7 +372,7 @@ def test_pins_of_users(make_store: Callable[..., AdapterStore], folder: Path, zo
     for index in range(1, 8):
         store.load(f"adapter-{index:02d}")
     assert store.get("adapter-00").residency is Residency.DEVICE
-    with pytest.raises(InvalidRequest, match="is pinned"):
+    with pytest.raises(AdapterInUse, match="is pinned"):
         store.unload("adapter-00")
     store.pin("adapter-07", True)
     with pytest.raises(QueueFull, match="unpin"):
@@ -510,7 +511,7 @@ def _disturb(store: AdapterStore, names: list[str], folder: Path, engine: thread
     rng = random.Random(2)
     calls = (store.unload, store.get, lambda name: store.load(name, timeout_s=0.2))
     while engine.is_alive():
-        with contextlib.suppress(InvalidRequest, QueueFull):
+        with contextlib.suppress(AdapterInUse, QueueFull):
             rng.choice(calls)(rng.choice(names[:-1]))
         if rng.random() < 0.05:
             _reseed(folder / names[-1], rng.randrange(1000))

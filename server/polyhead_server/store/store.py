@@ -18,9 +18,9 @@ import torch
 
 from polyhead_core.adapter_directory import check_adapter_name
 from polyhead_core.errors import (
+    AdapterInUse,
     AdapterTooLarge,
     ConfigError,
-    InvalidRequest,
     PolyheadError,
     UnknownAdapter,
 )
@@ -228,19 +228,19 @@ class AdapterStore:
         return self.get(name)
 
     def unload(self, name: str) -> AdapterInfo:
-        """Gives up its device and host memory; it stays known. Raises InvalidRequest while it is in use or pinned."""
+        """Gives up its device and host memory; it stays known. Raises AdapterInUse while it is in use or pinned."""
         version = self.resolve(name)
         with self._lock:
             while version.content_hash in self._book:
                 self._changed.wait(ROOM_RETRY_S)
             resident = self._cache.residents.get(version.content_hash)
             if resident is not None and resident.request_pins:
-                raise InvalidRequest(
+                raise AdapterInUse(
                     f"adapter {name!r} is in use by {resident.request_pins} requests; unload it when they have ended",
                     details={"adapter": name, "active_requests": resident.request_pins},
                 )
             if version.content_hash in self._pinned_hashes():
-                raise InvalidRequest(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
+                raise AdapterInUse(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
             if resident is not None:
                 self._cache.give_up(version.content_hash)
                 self._room_came_free()
