@@ -96,6 +96,14 @@ def test_one_stop_text_may_stand_alone(call: Call, harness: Harness) -> None:
     assert harness.engine.submitted[0].params.stop == ("END",)
 
 
+@pytest.mark.parametrize("method", ["generate", "score"])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_are_not_taken_for_token_ids(call: Call, harness: Harness, method: str, kind: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidRequest, match="expected a str"):
+        call(method, kind(b"hello"))
+    assert harness.engine.submitted == []
+
+
 def test_chat_and_score(call: Call) -> None:
     assert call("chat", [{"role": "user", "content": "hi"}], adapter="french").text == "Hello there"
     score = call("score", [5, 6, 7], top_logprobs=2)
