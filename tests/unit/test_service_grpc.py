@@ -396,6 +396,21 @@ def test_a_chat_of_too_many_messages_is_refused_before_they_are_read(
     assert error_info(caught.value).reason == "PROMPT_TOO_LONG"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("text", "0 " * 200), ("token_ids", inference_pb2.TokenIds(ids=[1] * 200)), ("text", "x" * 10_000)],
+)
+def test_a_score_that_is_too_long_names_its_own_field_and_no_answer(
+    stub: inference_pb2_grpc.InferenceStub, field: str, value: object
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(inference_pb2.ScoreRequest(**{field: value}))
+    info = error_info(caught.value)
+    assert (info.reason, info.metadata["field"]) == ("PROMPT_TOO_LONG", field)
+    assert caught.value.details().startswith(f"{field} of ")
+    assert "answer" not in caught.value.details()
+
+
 def test_waiting_loads_and_unloads_delay_nobody_and_end_with_their_calls(
     channel: grpc.Channel, harness: Harness
 ) -> None:
