@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.convert import quantize_directory, save_int8
+from polyhead_core.backbone.source import convert_gguf
 from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.int8 import Int8Linear, quantize_weight
 from polyhead_core.sites import SiteKind
-from tiny import CONFIGS, reference_model, save_backbone
+from tiny import CONFIGS, reference_model, save_backbone, tokenizer
 
 IDS = torch.arange(4, 44).view(1, -1)
 
@@ -189,6 +193,71 @@ def test_broken_directories_say_what_is_wrong(tmp_path: Path) -> None:
         load_backbone(str(wider), cache_dir=cache)
     with pytest.raises(BackboneError, match="has shape"):
         load_backbone(str(wider), quantization="none", cache_dir=cache)
+
+
+def test_a_hub_id_in_the_local_hub_cache_loads_offline(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    hub, commit = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--someone--tiny-llama"
+    directory = save_backbone("llama", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    arguments = ["someone/tiny-llama", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD_BY_ID, *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    fingerprint_there, argmax_there = done.stdout.split()
+    here = load_backbone(str(directory), quantization="none", cache_dir=tmp_path / "cache")
+    assert fingerprint_there == here.fingerprint
+    assert int(argmax_there) == int(here.model(IDS).logits[0, -1].argmax())
+    missing = subprocess.run(
+        [sys.executable, "-c", _LOAD_BY_ID, "someone/else", arguments[1]],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "BackboneError: cannot fetch backbone 'someone/else' from the hub" in missing.stderr
+
+
+_LOAD_BY_ID = """
+import sys, torch
+from pathlib import Path
+from polyhead_core.backbone import load_backbone
+backbone = load_backbone(sys.argv[1], quantization="none", cache_dir=Path(sys.argv[2]))
+print(backbone.fingerprint, int(backbone.model(torch.arange(4, 44).view(1, -1)).logits[0, -1].argmax()))
+"""
+
+
+def test_two_first_starts_at_once_convert_without_meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_backbone("llama", tmp_path / "model")
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF, as far as this test goes")
+    both_have_begun = threading.Barrier(2, timeout=60)
+
+    models = [reference_model(directory) for _ in range(2)]
+
+    def load(*_: object, **__: object) -> PreTrainedModel:
+        model = models.pop()
+        save = model.save_pretrained
+
+        def save_together(folder: Path) -> None:
+            save(folder)
+            both_have_begun.wait()
+
+        monkeypatch.setattr(model, "save_pretrained", save_together)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: convert_gguf(gguf, tmp_path / "cache"), range(2)))
+    monkeypatch.undo()
+    assert found[0] == found[1]
+    assert [path.name for path in found[0].parent.iterdir()] == [found[0].name], "staging is left behind"
+    with torch.no_grad():
+        backbone = load_backbone(str(found[0]), quantization="none", cache_dir=tmp_path / "cache")
+        torch.testing.assert_close(backbone.model(IDS).logits, reference_model(directory)(IDS).logits)
 
 
 _WEIGH = """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel
 
 from polyhead_core.backbone.checkpoint import CALIBRATED_FILE, PLAIN_FILE, CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
-from polyhead_core.backbone.source import publish_directory
+from polyhead_core.backbone.source import publish_directory, staging_directory
 from polyhead_core.errors import BackboneError
 from polyhead_core.int8 import Int8Linear
 
@@ -43,11 +41,9 @@ def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibr
         from polyhead_core.backbone.calibrate import calibrate_model
 
         calibrate_model(model, directory)
-    staging = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_int8(model, staging)
-    publish_directory(staging, target)
+    with staging_directory(target) as staging:
+        save_int8(model, staging)
+        publish_directory(staging, target)
     return target
 
 
