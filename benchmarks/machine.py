@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ def say_if_busy(facts: dict[str, Any]) -> None:
     """Threads that wait for each other lose most where another process has one of their cores."""
     if facts["load_average"] > 0.5 * facts["cores"]:
         print(f"warning: load average {facts['load_average']:.1f} before the start: not to be trusted", file=sys.stderr)
+
+
+def silence_peft() -> None:
+    """peft asks transformers for a property that is deprecated: nothing that a reader of the report could mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+
+
+def shown(path: Path) -> str:
+    """A path as a report may show it: relative to the working directory, or the name alone if it lies elsewhere."""
+    absolute, here = path.resolve(), Path.cwd().resolve()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path.name
 
 
 def _cpu_model() -> str:

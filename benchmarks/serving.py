@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine_facts, say_if_busy
+from machine import machine_facts, say_if_busy, shown, silence_peft
 from serving_load import ServerProcess, all_at_once, closed_loop, open_loop
 from serving_peer import PeftPeer
 from serving_workload import (
@@ -49,6 +49,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = _options()
+    silence_peft()
     machine = machine_facts()
     say_if_busy(machine)
     began_s = time.monotonic()
@@ -79,7 +80,7 @@ def main() -> None:
     _print_report(report)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nwritten to {options.out} after {report['wall_s']:.0f} s")
+    print(f"\nwritten to {shown(options.out)} after {report['wall_s']:.0f} s")
 
 
 def _options() -> argparse.Namespace:

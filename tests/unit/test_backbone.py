@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.convert import quantize_directory, save_int8
+from polyhead_core.backbone.source import convert_gguf
 from polyhead_core.errors import BackboneError, ConfigError
-from polyhead_core.int8 import Int8Linear
+from polyhead_core.int8 import Int8Linear, quantize_weight
 from polyhead_core.sites import SiteKind
-from tiny import CONFIGS, reference_model, save_backbone
+from tiny import CONFIGS, reference_model, save_backbone, tokenizer
 
 IDS = torch.arange(4, 44).view(1, -1)
 
@@ -89,6 +93,26 @@ def test_an_int8_checkpoint_saved_by_bitsandbytes_loads(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "bnb"), quantization="none", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama-untied"])
+def test_a_head_that_bitsandbytes_left_unquantised_is_quantised_at_load(kind: str, tmp_path: Path) -> None:
+    directory = save_backbone(kind, tmp_path / "model")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, quantization_config=settings, device_map="cpu")
+    assert theirs.lm_head.weight.dtype != torch.int8
+    theirs.save_pretrained(tmp_path / "bnb")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "bnb")
+    backbone = load_backbone(str(tmp_path / "bnb"), cache_dir=tmp_path / "cache")
+    expected_OI, expected_O = quantize_weight(theirs.lm_head.weight.detach())
+    head = backbone.model.get_submodule("lm_head")
+    assert isinstance(head, Int8Linear)
+    assert torch.equal(head.weight, expected_OI)
+    assert torch.equal(head.SCB, expected_O)
+    with torch.no_grad():
+        exact = reference_model(directory)(IDS).logits
+        assert (backbone.model(IDS).logits - exact).norm() / exact.norm() < 0.15
+
+
 def test_bitsandbytes_loads_a_plain_int8_checkpoint_of_ours(tmp_path: Path) -> None:
     directory = save_backbone("llama-untied", tmp_path / "model")
     ours = quantize_directory(directory)
@@ -101,6 +125,21 @@ def test_bitsandbytes_loads_a_plain_int8_checkpoint_of_ours(tmp_path: Path) -> N
             assert type(layer).__name__ == "Linear8bitLt"
             assert torch.equal(layer.weight.data, module.weight)
             assert torch.equal(layer.weight.SCB, module.SCB)
+
+
+def test_no_other_loader_takes_a_calibrated_directory_for_a_plain_one(tmp_path: Path) -> None:
+    directory = save_backbone("llama-untied", tmp_path / "model")
+    converted = load_backbone(str(directory), cache_dir=tmp_path / "cache")
+    (calibrated,) = (tmp_path / "cache" / "int8").iterdir()
+    settings = json.loads((calibrated / "config.json").read_text())["quantization_config"]
+    assert settings == {"quant_method": "polyhead_int8"}
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(calibrated, device_map="cpu")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, calibrated)
+    reloaded = load_backbone(str(calibrated), cache_dir=tmp_path / "cache")
+    with torch.no_grad():
+        assert torch.equal(reloaded.model(IDS).logits, converted.model(IDS).logits)
 
 
 def test_sites_are_the_embedding_and_every_linear_layer(tmp_path: Path) -> None:
@@ -154,6 +193,71 @@ def test_broken_directories_say_what_is_wrong(tmp_path: Path) -> None:
         load_backbone(str(wider), cache_dir=cache)
     with pytest.raises(BackboneError, match="has shape"):
         load_backbone(str(wider), quantization="none", cache_dir=cache)
+
+
+def test_a_hub_id_in_the_local_hub_cache_loads_offline(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    hub, commit = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--someone--tiny-llama"
+    directory = save_backbone("llama", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    arguments = ["someone/tiny-llama", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD_BY_ID, *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    fingerprint_there, argmax_there = done.stdout.split()
+    here = load_backbone(str(directory), quantization="none", cache_dir=tmp_path / "cache")
+    assert fingerprint_there == here.fingerprint
+    assert int(argmax_there) == int(here.model(IDS).logits[0, -1].argmax())
+    missing = subprocess.run(
+        [sys.executable, "-c", _LOAD_BY_ID, "someone/else", arguments[1]],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "BackboneError: cannot fetch backbone 'someone/else' from the hub" in missing.stderr
+
+
+_LOAD_BY_ID = """
+import sys, torch
+from pathlib import Path
+from polyhead_core.backbone import load_backbone
+backbone = load_backbone(sys.argv[1], quantization="none", cache_dir=Path(sys.argv[2]))
+print(backbone.fingerprint, int(backbone.model(torch.arange(4, 44).view(1, -1)).logits[0, -1].argmax()))
+"""
+
+
+def test_two_first_starts_at_once_convert_without_meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_backbone("llama", tmp_path / "model")
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF, as far as this test goes")
+    both_have_begun = threading.Barrier(2, timeout=60)
+
+    models = [reference_model(directory) for _ in range(2)]
+
+    def load(*_: object, **__: object) -> PreTrainedModel:
+        model = models.pop()
+        save = model.save_pretrained
+
+        def save_together(folder: Path) -> None:
+            save(folder)
+            both_have_begun.wait()
+
+        monkeypatch.setattr(model, "save_pretrained", save_together)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: convert_gguf(gguf, tmp_path / "cache"), range(2)))
+    monkeypatch.undo()
+    assert found[0] == found[1]
+    assert [path.name for path in found[0].parent.iterdir()] == [found[0].name], "staging is left behind"
+    with torch.no_grad():
+        backbone = load_backbone(str(found[0]), quantization="none", cache_dir=tmp_path / "cache")
+        torch.testing.assert_close(backbone.model(IDS).logits, reference_model(directory)(IDS).logits)
 
 
 _WEIGH = """

@@ -7,11 +7,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 from service_doubles import FakeInfo, Harness, until_cancelled
 
 import polyhead_client
 from polyhead_client import (
+    AdapterInUse,
     AdapterRejected,
     AsyncClient,
     Cancelled,
@@ -94,6 +96,14 @@ def test_one_stop_text_may_stand_alone(call: Call, harness: Harness) -> None:
     assert harness.engine.submitted[0].params.stop == ("END",)
 
 
+@pytest.mark.parametrize("method", ["generate", "score"])
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_are_not_taken_for_token_ids(call: Call, harness: Harness, method: str, kind: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidRequest, match="expected a str"):
+        call(method, kind(b"hello"))
+    assert harness.engine.submitted == []
+
+
 def test_chat_and_score(call: Call) -> None:
     assert call("chat", [{"role": "user", "content": "hi"}], adapter="french").text == "Hello there"
     score = call("score", [5, 6, 7], top_logprobs=2)
@@ -112,6 +122,18 @@ def test_adapters(call: Call) -> None:
     assert not call("pin", "french", False).pinned
     assert call("unload", "french").residency == "disk"
     assert call("adapter", "french") == call("adapters")[0]
+
+
+def test_what_is_in_use_is_not_the_requests_fault(
+    call: Call, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise server_errors.AdapterInUse(f"adapter {name!r} is pinned", details={"adapter": name})
+
+    monkeypatch.setattr(harness.store, "try_unload", refuse)
+    with pytest.raises(AdapterInUse, match="pinned") as caught:
+        call("unload", "french")
+    assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_info_and_wait_until_ready(call: Call) -> None:

@@ -6,12 +6,14 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
-from service_doubles import Harness
+from service_doubles import Harness, finished, tokens
 
-from polyhead_client import cli
+from polyhead_client import SamplingOptions, cli
+from polyhead_server.request import EventSink, Request
 
 
 @pytest.fixture
@@ -47,6 +49,46 @@ def test_generate_prints_the_answer(
     request = harness.engine.submitted[0]
     assert request.adapter is not None
     assert (request.adapter.name, request.params.max_tokens, request.params.stop) == ("french", 7, ("a", "b"))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_sampling_option_reaches_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, harness: Harness, command: str
+) -> None:
+    given = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "min_p": 0.25,
+        "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 3, "stop": ("a", "b"),
+        "stop_token_ids": (5, 6), "ignore_eos": True, "n": 2, "logprobs": 1,
+    }  # fmt: skip
+    assert set(given) == set(SamplingOptions.__annotations__), "an option without a flag"
+    flags: list[str] = []
+    for name, value in given.items():
+        flag = "--" + name.removesuffix("s" if name == "stop_token_ids" else "").replace("_", "-")
+        for one in value if isinstance(value, tuple) else [value]:
+            flags += [flag] if one is True else [flag, str(one)]
+    assert run(monkeypatch, command, "--server", address, *flags, "hello") == 0
+    params = harness.engine.submitted[0].params
+    for name, value in given.items():
+        assert getattr(params, name) == value, name
+    capsys.readouterr()
+
+
+def test_all_continuations_and_their_logprobs_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, harness: Harness
+) -> None:
+    def behave(request: Request, sink: EventSink, cancelled: threading.Event) -> None:
+        for index, text in ((1, "two"), (0, "one"), (2, "three")):
+            sink(tokens(index, text, index, with_logprobs=request.params.logprobs is not None))
+        sink(finished(request, 1))
+
+    harness.engine.behave = behave
+    assert run(monkeypatch, "generate", "--server", address, "-n", "3", "hello") == 0
+    assert capsys.readouterr().out == "one\n\n[1]\ntwo\n\n[2]\nthree\n"
+    assert run(monkeypatch, "generate", "--server", address, "--logprobs", "2", "hello") == 0
+    out = capsys.readouterr().out
+    assert "logprob" in out
+    assert "-0.5000" in out
+    assert ":-1.500" in out
 
 
 def test_chat_reads_stdin(

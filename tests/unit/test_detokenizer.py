@@ -9,7 +9,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from polyhead_server.engine.detokenizer import IncrementalDetokenizer
+from polyhead_server.engine.live import LiveSequence
+from polyhead_server.engine.sampler import Sampled
 from polyhead_server.engine.stop_strings import StopMatcher
+from polyhead_server.kvcache.block_manager import BlockTable
+from polyhead_server.request import Request, SamplingParams
+from polyhead_server.scheduler.sequence import Sequence
 
 TEXTS = [
     "Hello world, this is plain text.",
@@ -135,6 +140,77 @@ def test_byte_fallback(byte_fallback: Tokenizer) -> None:
     assert "".join(pieces) == "hello\ufffd\ufffdlo\ufffd"
     pieces, _ = pieces_of(byte_fallback, [word("▁"), word("▁hello")])
     assert "".join(pieces) == " hello"
+
+
+@pytest.fixture(scope="module")
+def metaspace() -> Tokenizer:
+    """The form of SentencePiece's own decoder: it drops the space before a text's first word."""
+    words = ["<s>", "</s>", "▁", "▁Once", "▁upon", "▁a", "▁time", "s"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("<s> ▁Once ▁upon", "▁a ▁time", " a time"),
+        ("▁Once", "s ▁upon", "s upon"),
+        ("▁Once <s> </s>", "▁a ▁time", " a time"),  # special tokens are skipped and give no context
+        ("▁Once ▁", "▁a s", " as"),
+        ("<s>", "▁Once ▁upon", "Once upon"),  # here the answer is the text's beginning
+        ("", "▁Once ▁upon", "Once upon"),
+    ],
+)
+def test_an_answers_first_space_is_kept(metaspace: Tokenizer, prompt: str, answer: str, expected: str) -> None:
+    prompt_ids, ids = ([metaspace.token_to_id(word) for word in words.split()] for words in (prompt, answer))
+    detokenizer = IncrementalDetokenizer(metaspace, (), prompt_ids)
+    assert "".join([detokenizer.feed([token_id]) for token_id in ids] + [detokenizer.flush()]) == expected
+    assert metaspace.decode(prompt_ids + ids) == metaspace.decode(prompt_ids) + expected
+    detokenizer = IncrementalDetokenizer(metaspace, (), prompt_ids)
+    given = detokenizer.feed(ids * 30) + detokenizer.flush()
+    assert metaspace.decode(prompt_ids) + given == metaspace.decode(prompt_ids + ids * 30)
+
+
+def test_a_prompt_gives_none_of_its_text(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:
+    emoji = byte_level.encode("😀").ids
+    for prompt in (byte_level.encode("hello 😀").ids, emoji[:-1], [byte_level.token_to_id("<s>")]):
+        detokenizer = IncrementalDetokenizer(byte_level, (), prompt)
+        assert detokenizer.feed(byte_level.encode(TEXTS[1]).ids) + detokenizer.flush() == TEXTS[1]
+    parts = [byte_fallback.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    detokenizer = IncrementalDetokenizer(byte_fallback, (), parts * 3)
+    assert detokenizer.feed([*parts, byte_fallback.token_to_id("▁hello")]) + detokenizer.flush() == "😀 hello"
+
+
+def test_an_engines_answer_continues_its_prompt(metaspace: Tokenizer) -> None:
+    prompt = tuple(metaspace.token_to_id(word) for word in ("▁Once", "▁upon"))
+    request = Request(
+        request_id="r",
+        tenant="default",
+        prompt_token_ids=prompt,
+        params=SamplingParams(max_tokens=2),
+        adapter=None,
+        arrival_s=0.0,
+        deadline_s=None,
+    )
+    sequence = Sequence(
+        request=request,
+        index=0,
+        ordinal=0,
+        seed=0,
+        max_total_tokens=4,
+        table=BlockTable(root=b""),
+        token_ids=list(prompt),
+    )
+    live = LiveSequence(sequence, metaspace, eos_token_ids=())
+    texts = []
+    for word in ("▁a", "▁time"):
+        sequence.token_ids.append(metaspace.token_to_id(word))
+        event, _ = live.accept(Sampled(metaspace.token_to_id(word)))
+        texts.append(event.text)
+    assert texts == [" a", " time"]
 
 
 def test_feeding_several_tokens_at_once(byte_level: Tokenizer) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import grpc
@@ -25,8 +25,17 @@ from polyhead_core.errors import (
     QueueFull,
     RequestDeadlineExceeded,
 )
-from polyhead_proto.v1 import inference_pb2, inference_pb2_grpc, server_pb2, server_pb2_grpc
+from polyhead_proto.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 from polyhead_server.request import EventSink, Request
+from polyhead_server.service import adapters as adapters_service
+from polyhead_server.service import convert
 
 
 @pytest.fixture
@@ -371,3 +380,80 @@ def test_a_taken_port_is_said_clearly(harness: Harness) -> None:
 
         with pytest.raises(ConfigError, match=service.address):
             asyncio.run(start())
+
+
+def test_a_chat_of_too_many_messages_is_refused_before_they_are_read(
+    stub: inference_pb2_grpc.InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(_: object) -> None:
+        raise AssertionError("the messages were converted")
+
+    monkeypatch.setattr(convert, "to_messages", unread)
+    message = inference_pb2.ChatMessage(role="user", content="")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Chat(inference_pb2.ChatRequest(messages=[message] * 100_000)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error_info(caught.value).reason == "PROMPT_TOO_LONG"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("text", "0 " * 200), ("token_ids", inference_pb2.TokenIds(ids=[1] * 200)), ("text", "x" * 10_000)],
+)
+def test_a_score_that_is_too_long_names_its_own_field_and_no_answer(
+    stub: inference_pb2_grpc.InferenceStub, field: str, value: object
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(inference_pb2.ScoreRequest(**{field: value}))
+    info = error_info(caught.value)
+    assert (info.reason, info.metadata["field"]) == ("PROMPT_TOO_LONG", field)
+    assert caught.value.details().startswith(f"{field} of ")
+    assert "answer" not in caught.value.details()
+
+
+def test_waiting_loads_and_unloads_delay_nobody_and_end_with_their_calls(
+    channel: grpc.Channel, harness: Harness
+) -> None:
+    adapters = adapters_pb2_grpc.AdaptersStub(channel)
+    harness.store.has_room = False
+    load, unload = adapters_pb2.LoadAdapterRequest(name="french"), adapters_pb2.UnloadAdapterRequest(name="french")
+    late = [method.future(ask, timeout=1.0) for method, ask in ((adapters.Load, load), (adapters.Unload, unload))]
+    waiting = [adapters.Load.future(load, timeout=30) for _ in range(40)]
+    began_s = time.monotonic()
+    assert len(adapters.List(adapters_pb2.ListAdaptersRequest(), timeout=10).adapters) == 1
+    assert adapters.Pin(adapters_pb2.PinAdapterRequest(name="french", pinned=True), timeout=10).pinned
+    assert time.monotonic() - began_s < 5
+    for call in late:
+        assert call.exception().code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    harness.store.has_room = True
+    assert all(call.result().device_bytes == 4000 for call in waiting)
+    harness.store.has_room = False
+    given_up = adapters.Load.future(load)
+    wait_until(lambda: harness.store.num_attempts > 60)
+    given_up.cancel()
+    time.sleep(0.3)
+    before = harness.store.num_attempts
+    time.sleep(0.3)
+    assert harness.store.num_attempts == before, "a cancelled load is still waiting"
+
+
+@pytest.mark.parametrize(
+    ("method", "code"),
+    [("Load", grpc.StatusCode.RESOURCE_EXHAUSTED), ("Unload", grpc.StatusCode.FAILED_PRECONDITION)],
+)
+def test_waiting_for_an_adapter_has_an_end(
+    channel: grpc.Channel, harness: Harness, monkeypatch: pytest.MonkeyPatch, method: str, code: grpc.StatusCode
+) -> None:
+    monkeypatch.setattr(adapters_service, "_MAX_WAIT_S", 0.2)
+    harness.store.has_room = False
+    ask = getattr(adapters_pb2, f"{method}AdapterRequest")(name="french")
+    with pytest.raises(grpc.RpcError, match=r"after 0\.2 s") as caught:
+        getattr(adapters_pb2_grpc.AdaptersStub(channel), method)(ask, timeout=20)
+    assert caught.value.code() == code
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)

@@ -165,3 +165,17 @@ def test_token_texts_join_to_the_text() -> None:
     ids = tokenizer(" the user asks<|im_end|>").input_ids
     assert "".join(texts.text(token_id) for token_id in ids) == " the user asks<|im_end|>"
     assert texts.text(10**6) == ""
+
+
+def test_more_messages_than_tokens_are_refused_before_the_template_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small_tokenizer()
+    encoder = PromptEncoder(tokenizer, vocab_size=len(tokenizer), max_model_len=MAX_MODEL_LEN)
+    rendered: list[int] = []
+    monkeypatch.setattr(
+        encoder._chat_tokenizer, "apply_chat_template", lambda messages, **_: rendered.append(len(messages)) or "x"
+    )
+    with pytest.raises(PromptTooLong, match=f"{MAX_MODEL_LEN + 1} messages.* {MAX_MODEL_LEN} tokens"):
+        encoder.encode_chat(chat(("user", "")) * (MAX_MODEL_LEN + 1))
+    assert rendered == []
+    encoder.encode_chat(chat(("user", "")) * MAX_MODEL_LEN)
+    assert rendered == [MAX_MODEL_LEN]

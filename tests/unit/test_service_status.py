@@ -17,6 +17,7 @@ CODES = {
     "AdapterFormatError": "FAILED_PRECONDITION",
     "AdapterMismatch": "FAILED_PRECONDITION",
     "AdapterTooLarge": "FAILED_PRECONDITION",
+    "AdapterInUse": "FAILED_PRECONDITION",
     "QueueFull": "RESOURCE_EXHAUSTED",
     "Draining": "UNAVAILABLE",
     "RequestDeadlineExceeded": "DEADLINE_EXCEEDED",

@@ -20,6 +20,7 @@ from adapter_making import TinyBackbone, edit_adapter, llama, logits, make_adapt
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE
 from polyhead_core.errors import (
     AdapterFormatError,
+    AdapterInUse,
     AdapterRejected,
     AdapterTooLarge,
     ConfigError,
@@ -34,7 +35,7 @@ from polyhead_server.store import load_book, residency
 from polyhead_server.store.backbone_view import view_backbone
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.residency import Residency
-from polyhead_server.store.store import AdapterStore
+from polyhead_server.store.store import AdapterInfo, AdapterStore
 
 CHUNK_BYTES = CHUNK_UNITS * 64 * 4
 
@@ -126,6 +127,22 @@ def take(store: AdapterStore, version: AdapterVersion, timeout_s: float = 5.0) -
         time.sleep(0.002)
         store.publish()
     return slot
+
+
+def load(store: AdapterStore, name: str) -> AdapterInfo:
+    return until_done(lambda: store.try_load(name))
+
+
+def unload(store: AdapterStore, name: str) -> AdapterInfo:
+    return until_done(lambda: store.try_unload(name))
+
+
+def until_done(attempt: Callable[[], AdapterInfo | None]) -> AdapterInfo:
+    deadline_s = time.monotonic() + 10
+    while (info := attempt()) is None:
+        assert time.monotonic() < deadline_s, "not done in time"
+        time.sleep(0.002)
+    return info
 
 
 def counts(store: AdapterStore) -> Counter[str]:
@@ -241,7 +258,7 @@ def test_unknown_names_and_refused_folders(make_store: Callable[..., AdapterStor
             store.resolve(name)
     with pytest.raises(AdapterFormatError, match="pickle"):
         store.resolve("adapter-05")
-    for call in (store.load, store.unload, lambda name: store.pin(name, True)):
+    for call in (store.try_load, store.try_unload, lambda name: store.pin(name, True)):
         with pytest.raises(AdapterFormatError, match="pickle"):
             call("adapter-05")
         with pytest.raises(UnknownAdapter):
@@ -339,17 +356,17 @@ def test_a_version_that_is_gone_from_disk_is_served_from_the_host_cache(
 
 def test_load_and_unload(make_store: Callable[..., AdapterStore]) -> None:
     store = make_store()
-    info = store.load("adapter-02")
+    info = load(store, "adapter-02")
     assert info.residency is Residency.DEVICE
     assert info.device_bytes > 0
     assert info.max_rank == 13
     assert (info.peft_type, info.error, info.pinned, info.active_requests) == ("LORA", "", False, 0)
     version = store.resolve("adapter-02")
     slot = take(store, version)
-    with pytest.raises(InvalidRequest, match="in use by 1 request"):
-        store.unload("adapter-02")
+    with pytest.raises(AdapterInUse, match="in use by 1 request"):
+        unload(store, "adapter-02")
     store.release(version)
-    info = store.unload("adapter-02")
+    info = unload(store, "adapter-02")
     assert (info.residency, info.device_bytes) == (Residency.DISK, 0)
     assert store.pool_pages_used == 0
     store.publish()
@@ -360,22 +377,22 @@ def test_load_and_unload(make_store: Callable[..., AdapterStore]) -> None:
 def test_load_of_more_than_fits_without_an_engine(make_store: Callable[..., AdapterStore]) -> None:
     store = make_store(num_slots=2)
     for index in range(8):
-        assert store.load(f"adapter-{index:02d}").residency is Residency.DEVICE
+        assert load(store, f"adapter-{index:02d}").residency is Residency.DEVICE
         store.check_integrity()
 
 
 def test_pins_of_users(make_store: Callable[..., AdapterStore], folder: Path, zoo: Path) -> None:
     store = make_store(num_slots=2)
     assert store.pin("adapter-00", True).pinned
-    store.load("adapter-00")
+    load(store, "adapter-00")
     for index in range(1, 8):
-        store.load(f"adapter-{index:02d}")
+        load(store, f"adapter-{index:02d}")
     assert store.get("adapter-00").residency is Residency.DEVICE
-    with pytest.raises(InvalidRequest, match="is pinned"):
-        store.unload("adapter-00")
+    with pytest.raises(AdapterInUse, match="is pinned"):
+        unload(store, "adapter-00")
     store.pin("adapter-07", True)
     with pytest.raises(QueueFull, match="unpin"):
-        store.load("adapter-01")
+        load(store, "adapter-01")
     with pytest.raises(QueueFull, match="unpin"):
         take(store, store.resolve("adapter-02"))
     assert not store.pin("adapter-07", False).pinned
@@ -383,7 +400,7 @@ def test_pins_of_users(make_store: Callable[..., AdapterStore], folder: Path, zo
     shutil.rmtree(folder / "adapter-00")
     shutil.copytree(zoo / "adapter-12", folder / "adapter-00")
     store.refresh()
-    assert store.load("adapter-00").pinned, "the pin is the name's, whatever it means"
+    assert load(store, "adapter-00").pinned, "the pin is the name's, whatever it means"
     shutil.rmtree(folder / "adapter-00")
     store.refresh()
     shutil.copytree(zoo / "adapter-12", folder / "adapter-00")
@@ -508,9 +525,9 @@ class Engine:
 def _disturb(store: AdapterStore, names: list[str], folder: Path, engine: threading.Thread) -> None:
     """What administrators do meanwhile, one folder's replacement included."""
     rng = random.Random(2)
-    calls = (store.unload, store.get, lambda name: store.load(name, timeout_s=0.2))
+    calls = (store.try_unload, store.get, store.try_load)
     while engine.is_alive():
-        with contextlib.suppress(InvalidRequest, QueueFull):
+        with contextlib.suppress(AdapterInUse, QueueFull):
             rng.choice(calls)(rng.choice(names[:-1]))
         if rng.random() < 0.05:
             _reseed(folder / names[-1], rng.randrange(1000))

@@ -3,6 +3,7 @@
 from polyhead_client.aio import AsyncClient, AsyncStream
 from polyhead_client.client import Client, Stream
 from polyhead_client.errors import (
+    AdapterInUse,
     AdapterRejected,
     Cancelled,
     ConnectionFailed,
@@ -36,6 +37,7 @@ from polyhead_client.types import (
 __all__ = [
     "Adapter",
     "AdapterIdentity",
+    "AdapterInUse",
     "AdapterRejected",
     "AsyncClient",
     "AsyncStream",

@@ -29,9 +29,21 @@ TopK = Annotated[int | None, typer.Option("--top-k")]
 TopP = Annotated[float | None, typer.Option("--top-p")]
 MinP = Annotated[float | None, typer.Option("--min-p")]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty")]
+PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty")]
+FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty")]
 Seed = Annotated[int | None, typer.Option("--seed")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="end before this text; may be given several times")]
+StopTokenIds = Annotated[
+    list[int] | None, typer.Option("--stop-token-id", help="end at this token; may be given several times")
+]
+MinTokens = Annotated[int | None, typer.Option("--min-tokens", help="no end before this many")]
+Count = Annotated[int | None, typer.Option("--n", "-n", help="independent continuations, printed one after another")]
+Logprobs = Annotated[
+    int | None, typer.Option("--logprobs", help="print a table of the tokens, each with this many likeliest ones")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos")]
+
+_LOGPROB_HEADER = ("token", "id", "logprob", "likeliest")
 
 
 def main() -> None:
@@ -62,22 +74,29 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue; -: read it from stdin")],
     adapter: AdapterOption = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    stop_token_id: StopTokenIds = None,
     ignore_eos: IgnoreEos = False,
+    n: Count = None,
+    logprobs: Logprobs = None,
     parse_special_tokens: Annotated[bool, typer.Option("--parse-special-tokens")] = False,
     timeout_s: TimeoutS = None,
     server: Server = None,
 ) -> None:
     """Continue a text, streaming."""
     sampling = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=stop, ignore_eos=ignore_eos or None,
+        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        seed=seed, stop=stop, stop_token_ids=stop_token_id, ignore_eos=ignore_eos or None, n=n, logprobs=logprobs,
     )  # fmt: skip
     with (
         _connect(context, server) as client,
@@ -99,13 +118,20 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="a system message before it")] = None,
     adapter: AdapterOption = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    stop_token_id: StopTokenIds = None,
+    ignore_eos: IgnoreEos = False,
+    n: Count = None,
+    logprobs: Logprobs = None,
     timeout_s: TimeoutS = None,
     server: Server = None,
 ) -> None:
@@ -113,8 +139,9 @@ def chat(
     messages: list[Message] = [Message(role="system", content=system)] if system is not None else []
     messages.append(Message(role="user", content=_text(message)))
     sampling = SamplingOptions(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+        max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        seed=seed, stop=stop, stop_token_ids=stop_token_id, ignore_eos=ignore_eos or None, n=n, logprobs=logprobs,
     )  # fmt: skip
     with (
         _connect(context, server) as client,
@@ -135,7 +162,7 @@ def score(
     """Print the log-probability of each token of a text, and their sum."""
     with _connect(context, server) as client:
         scored = client.score(_text(text), adapter=adapter, top_logprobs=top_logprobs, timeout_s=timeout_s)
-    _print_table(("token", "id", "logprob", "likeliest"), [_score_row(token) for token in scored.tokens])
+    _print_table(_LOGPROB_HEADER, [_score_row(token) for token in scored.tokens])
     print(f"total {scored.total_logprob:.4f} over {max(0, len(scored.tokens) - 1)} tokens")
 
 
@@ -187,10 +214,18 @@ def _text(argument: str) -> str:
 
 
 def _print_stream(stream: Stream) -> None:
+    """The first continuation as it comes, the others behind it, each under its number; then the tables of logprobs."""
     for chunk in stream:
         if chunk.index == 0:
             print(chunk.text, end="", flush=True)
     print()
+    choices = stream.result().choices
+    for choice in choices[1:]:
+        print(f"\n[{choice.index}]\n{choice.text}")
+    for choice in choices:
+        if choice.logprobs:
+            print(f"\n[{choice.index}]" if len(choices) > 1 else "")
+            _print_table(_LOGPROB_HEADER, [_score_row(token) for token in choice.logprobs])
 
 
 def _print_adapters(listed: Iterable[Adapter]) -> None:

@@ -5,6 +5,7 @@ PolyheadClientError
 │   └── PromptTooLong
 ├── UnknownAdapter        NOT_FOUND
 ├── AdapterRejected       FAILED_PRECONDITION
+├── AdapterInUse          FAILED_PRECONDITION: by requests, or pinned
 ├── ResourceExhausted     RESOURCE_EXHAUSTED
 │   └── QueueFull         with retry_after_s
 ├── Unavailable           UNAVAILABLE: the server is there, but drains
@@ -63,6 +64,10 @@ class AdapterRejected(PolyheadClientError):
     pass
 
 
+class AdapterInUse(PolyheadClientError):
+    pass
+
+
 class ResourceExhausted(PolyheadClientError):
     pass
 
@@ -93,6 +98,7 @@ class ServerError(PolyheadClientError):
 
 _BY_REASON: dict[str, type[PolyheadClientError]] = {
     "PROMPT_TOO_LONG": PromptTooLong,
+    "ADAPTER_IN_USE": AdapterInUse,
     "QUEUE_FULL": QueueFull,
     "DRAINING": Unavailable,
 }

@@ -65,6 +65,7 @@ def generate_request(
     request = inference_pb2.GenerateRequest(sampling=_sampling(options))
     _set(request, "adapter", adapter or "")
     _set(request, "parse_special_tokens", parse_special_tokens)
+    _refuse_bytes("prompt", prompt)
     if isinstance(prompt, str):
         _set(request, "prompt", prompt)
     else:
@@ -94,6 +95,7 @@ def score_request(
     _set(request, "adapter", adapter or "")
     _set(request, "top_logprobs", top_logprobs)
     _set(request, "parse_special_tokens", parse_special_tokens)
+    _refuse_bytes("text", text)
     if isinstance(text, str):
         _set(request, "text", text)
     else:
@@ -122,6 +124,12 @@ def _sampling(options: SamplingOptions) -> inference_pb2.SamplingParams:
         else:
             _set(params, name, value)
     return params
+
+
+def _refuse_bytes(field: str, value: object) -> None:
+    # They are sequences of integers, and would be taken for token ids.
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidRequest(f"{field} is {type(value).__name__}: expected a str (decode it) or token ids")
 
 
 def _set(message: Any, field: str, value: object) -> None:

@@ -14,6 +14,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from polyhead_core.errors import BackboneError
 
+PLAIN_FILE = "model.safetensors"
+CALIBRATED_FILE = "polyhead_int8.safetensors"
+"""Of a directory that Polyhead calibrated; see convert.save_int8."""
+
 
 class CheckpointReader:
     """The tensors of a Hugging Face directory, sharded or not."""
@@ -68,7 +72,7 @@ class CheckpointReader:
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
+    single = next((file for name in (CALIBRATED_FILE, PLAIN_FILE) if (file := directory / name).is_file()), None)
     try:
         if index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -76,7 +80,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             if missing:
                 raise BackboneError(f"{directory} lacks the shards {', '.join(missing)} that its index names")
             return {name: directory / file for name, file in weight_map.items()}
-        if single.is_file():
+        if single is not None:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,16 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from polyhead_core.backbone.checkpoint import CheckpointReader
+from polyhead_core.backbone.checkpoint import CALIBRATED_FILE, PLAIN_FILE, CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
-from polyhead_core.backbone.source import publish_directory
+from polyhead_core.backbone.source import publish_directory, staging_directory
 from polyhead_core.errors import BackboneError
 from polyhead_core.int8 import Int8Linear
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-"""Raise when the same source converts to other tensors."""
+FORMAT_VERSION = 2
+"""Raise when the same source converts to other tensors or files."""
+
+OWN_QUANT_METHOD = "polyhead_int8"
+"""In config.json of a calibrated directory, whose weights mean nothing without input_scale."""
 
 
 def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibrate: bool = True) -> Path:
@@ -40,11 +41,9 @@ def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibr
         from polyhead_core.backbone.calibrate import calibrate_model
 
         calibrate_model(model, directory)
-    staging = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_int8(model, staging)
-    publish_directory(staging, target)
+    with staging_directory(target) as staging:
+        save_int8(model, staging)
+        publish_directory(staging, target)
     return target
 
 
@@ -106,17 +105,26 @@ def _read_as_is(reader: CheckpointReader, path: str, module: nn.Module) -> None:
 
 
 def save_int8(model: PreTrainedModel, directory: Path) -> None:
-    """Writes config.json and model.safetensors as bitsandbytes would (weight int8, SCB, weight_format), plus the
-    calibration's input_scale and outlier_columns where there are any."""
+    """Writes config.json and the tensors, in LLM.int8's layout (weight int8, SCB, weight_format).
+
+    A plain model is saved as bitsandbytes would. A calibrated one has input_scale and outlier_columns besides, which
+    bitsandbytes would drop without a word: it goes by a method and into a file that other loaders do not know.
+    """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=False).items():
         tensors[name] = tensor.contiguous()
-    for path, module in model.named_modules():
-        if isinstance(module, Int8Linear):
-            tensors[f"{path}.weight_format"] = torch.tensor(0, dtype=torch.uint8)  # 0: row-major
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Int8Linear)]
+    for path, _ in layers:
+        tensors[f"{path}.weight_format"] = torch.tensor(0, dtype=torch.uint8)  # 0: row-major
+    calibrated = any(layer.input_scale is not None or layer.outlier_columns is not None for _, layer in layers)
+    file = CALIBRATED_FILE if calibrated else PLAIN_FILE
+    save_file(tensors, directory / file, metadata={"format": "pt"})
     config = model.config.to_dict()
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": []}
+    config["quantization_config"] = (
+        {"quant_method": OWN_QUANT_METHOD}
+        if calibrated
+        else {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": []}
+    )
     config["architectures"] = [type(model).__name__]
     (directory / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
     if model.generation_config is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from polyhead_core.backbone.checkpoint import CheckpointReader, fingerprint
-from polyhead_core.backbone.convert import int8_directory
+from polyhead_core.backbone.convert import OWN_QUANT_METHOD, int8_directory, weight_name
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.model import Backbone
 from polyhead_core.backbone.source import DEFAULT_SOURCE, resolve_source
@@ -70,11 +70,11 @@ def load_backbone(
 
 
 def is_int8_checkpoint(directory: Path) -> bool:
-    """Whether the directory holds LLM.int8 tensors; other quantisations raise BackboneError."""
+    """Whether the directory holds LLM.int8 tensors, plain or calibrated; other quantisations raise BackboneError."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings is None:
         return False
-    if settings.get("load_in_8bit"):
+    if settings.get("load_in_8bit") or settings.get("quant_method") == OWN_QUANT_METHOD:
         return True
     raise BackboneError(
         f"{directory} is quantised with {settings.get('quant_method')!r}: expected unquantised weights or LLM.int8"
@@ -124,12 +124,12 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, *, qua
     for path, module in list(model.named_modules()):
         if quantized and type(module) is nn.Linear and f"{path}.SCB" in reader:
             replace_module(model, path, _read_int8(reader, path, module, device, used))
+        elif quantized and type(module) is nn.Linear:
+            replace_module(model, path, _quantise(reader, model, path, module, device, used))
         elif type(module) is nn.Embedding and quantized:
             replace_module(model, path, _read_embedding(reader, path, module, dtype, device, used))
         else:
             _read_parameters(reader, path, module, dtype, device, used)
-    if quantized and any(type(module) is nn.Linear for module in model.modules()):
-        raise BackboneError(f"{directory} has linear layers without int8 weights")
     if getattr(model.config, "tie_word_embeddings", False):
         _tie(model, quantized)
     _check_complete(model, reader, used, directory)
@@ -192,6 +192,19 @@ def _read_int8(
         optional("input_scale", torch.Size([module.in_features])),
         columns,
     )
+    layer.eval()
+    return layer
+
+
+def _quantise(
+    reader: CheckpointReader, model: PreTrainedModel, path: str, module: nn.Linear, device: torch.device, used: set[str]
+) -> Int8Linear:
+    """A layer that the checkpoint keeps in float: by default bitsandbytes leaves out the head, tied or not."""
+    weight = _take(reader, weight_name(reader, model, path), module.weight.shape, used)
+    if not weight.is_floating_point():
+        raise BackboneError(f"{path}.weight in {reader.directory} is {weight.dtype} without its scales, {path}.SCB")
+    bias = None if module.bias is None else _take(reader, f"{path}.bias", module.bias.shape, used).to(device)
+    layer = Int8Linear.from_weight(weight.to(device), bias)
     layer.eval()
     return layer
 

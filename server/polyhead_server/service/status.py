@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from polyhead_core.errors import (
+    AdapterInUse,
     AdapterRejected,
     Draining,
     EngineFailure,
@@ -27,6 +28,7 @@ CODES: dict[type[PolyheadError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownAdapter: grpc.StatusCode.NOT_FOUND,
     AdapterRejected: grpc.StatusCode.FAILED_PRECONDITION,
+    AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     RequestDeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,

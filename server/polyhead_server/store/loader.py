@@ -29,7 +29,7 @@ class AdapterLoader:
     def __init__(
         self,
         *,
-        changed: threading.Condition,
+        lock: threading.Lock,
         catalog: Catalog,
         read: Callable[[Path], PackedAdapter],
         host: HostCache,
@@ -37,7 +37,7 @@ class AdapterLoader:
         book: LoadBook,
         metrics: StoreMetrics,
     ) -> None:
-        self._changed = changed
+        self._lock = lock
         self._catalog = catalog
         self._read = read
         self._host = host
@@ -83,24 +83,24 @@ class AdapterLoader:
 
     def _next(self) -> AdapterVersion | None:
         while True:
-            with self._changed:
+            with self._lock:
                 timeout_s = ROOM_RETRY_S if self._book.has_blocked else None
             try:
                 return self._queue.get(timeout=timeout_s)
             except queue.Empty:
                 # Room may have come free by time alone, and an engine with nothing else to do would never ask again.
-                with self._changed:
+                with self._lock:
                     self._book.forget_blocked()
                 self.wakeup()
 
     def _load(self, version: AdapterVersion) -> None:
         started_s = time.monotonic()
         content_hash = version.content_hash
-        with self._changed:
+        with self._lock:
             packed = self._host.get(content_hash)
         if packed is None:
             packed = self._read_version(version)
-        with self._changed:
+        with self._lock:
             self._host.put(packed)
             resident = self._device.make_room(packed, awaited=self._book.is_awaited(content_hash))
             if resident is None:
@@ -111,10 +111,10 @@ class AdapterLoader:
         try:
             row = self._device.write(packed, resident)
         except BaseException:
-            with self._changed:
+            with self._lock:
                 self._device.give_up(content_hash)
             raise
-        with self._changed:
+        with self._lock:
             self._device.finish(content_hash, row)
         self._metrics.adapter_loaded(time.monotonic() - started_s)
 
@@ -138,16 +138,15 @@ class AdapterLoader:
 
     def _fail(self, version: AdapterVersion, error: PolyheadError) -> None:
         self._metrics.adapter_load_failed()
-        with self._changed:
+        with self._lock:
             self._book.fail(version.content_hash, error)
 
     def _end(self, version: AdapterVersion) -> None:
-        with self._changed:
+        with self._lock:
             resident = self._device.residents.get(version.content_hash)
             if resident is not None:
                 resident.awaited |= self._book.is_awaited(version.content_hash)
             self._book.end(version.content_hash)
-            self._changed.notify_all()
         self.wakeup()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 
 from polyhead_core.adapter_directory import check_adapter_name
 from polyhead_core.errors import (
+    AdapterInUse,
     AdapterTooLarge,
     ConfigError,
-    InvalidRequest,
     PolyheadError,
     UnknownAdapter,
 )
@@ -33,8 +32,8 @@ from polyhead_server.store.backbone_view import BackboneLike, view_backbone
 from polyhead_server.store.catalog import AdapterFacts, Catalog, CatalogEntry
 from polyhead_server.store.device_cache import DeviceCache, StoreMetrics
 from polyhead_server.store.host_cache import HostCache
-from polyhead_server.store.load_book import ROOM_RETRY_S, LoadBook
-from polyhead_server.store.loader import AdapterLoader, no_room_error
+from polyhead_server.store.load_book import LoadBook
+from polyhead_server.store.loader import AdapterLoader
 from polyhead_server.store.packing import PackedAdapter, pack
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.pool import AdapterPool
@@ -99,9 +98,8 @@ class AdapterStore:
         self._book = LoadBook()
         # Caches, book and pinned names only under this lock; it is never held over a disk read or a copy.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._loader = AdapterLoader(
-            changed=self._changed,
+            lock=self._lock,
             catalog=self._catalog,
             read=self._read,
             host=self._host,
@@ -208,39 +206,39 @@ class AdapterStore:
         with self._lock:
             return self._info(entry)
 
-    def load(self, name: str, timeout_s: float = 60.0) -> AdapterInfo:
-        """Returns once the adapter's weights are in the device pool. Blocks.
+    def try_load(self, name: str) -> AdapterInfo | None:
+        """The adapter once its weights are in the device pool; None: on its way, or there is no room now: ask again.
 
-        Raises what the load raised, or QueueFull if there was no room within `timeout_s`.
+        Does not block. Raises what the load raised.
         """
         version = self.resolve(name)
-        deadline_s = time.monotonic() + timeout_s
         with self._lock:
-            while not self._is_on_device(version.content_hash):
+            if not self._is_on_device(version.content_hash):
                 error = self._book.failure(version.content_hash)
                 if error is not None:
                     raise _fresh(error)
-                if time.monotonic() >= deadline_s:
-                    raise no_room_error(name)
                 if self._cache.residents.get(version.content_hash) is None:
                     self._loader.want(version, awaited=False)
-                self._changed.wait(ROOM_RETRY_S)
+                return None
         return self.get(name)
 
-    def unload(self, name: str) -> AdapterInfo:
-        """Gives up its device and host memory; it stays known. Raises InvalidRequest while it is in use or pinned."""
+    def try_unload(self, name: str) -> AdapterInfo | None:
+        """Gives up its device and host memory; it stays known. None: it is being loaded: ask again.
+
+        Does not block. Raises AdapterInUse while it is in use or pinned.
+        """
         version = self.resolve(name)
         with self._lock:
-            while version.content_hash in self._book:
-                self._changed.wait(ROOM_RETRY_S)
+            if version.content_hash in self._book:
+                return None
             resident = self._cache.residents.get(version.content_hash)
             if resident is not None and resident.request_pins:
-                raise InvalidRequest(
+                raise AdapterInUse(
                     f"adapter {name!r} is in use by {resident.request_pins} requests; unload it when they have ended",
                     details={"adapter": name, "active_requests": resident.request_pins},
                 )
             if version.content_hash in self._pinned_hashes():
-                raise InvalidRequest(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
+                raise AdapterInUse(f"adapter {name!r} is pinned; take the pin off first", details={"adapter": name})
             if resident is not None:
                 self._cache.give_up(version.content_hash)
                 self._room_came_free()
@@ -360,7 +358,6 @@ class AdapterStore:
 
     def _room_came_free(self) -> None:
         self._book.room_came_free()
-        self._changed.notify_all()
 
     def _is_on_device(self, content_hash: str) -> bool:
         resident = self._cache.residents.get(content_hash)
