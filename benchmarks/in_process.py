@@ -70,6 +70,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     first_token_s: float | None = None
     """time.monotonic() of the first token."""
+    prompt_logprobs: list[float] = field(default_factory=list)
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -79,6 +80,8 @@ class Answer:
             self.first_token_s = self.first_token_s or time.monotonic()
         elif isinstance(event, FailedEvent):
             self.error = event.error
+        elif isinstance(event, FinishedEvent):
+            self.prompt_logprobs = [one.logprob for one in event.prompt_logprobs]
         if self.on_event is not None:
             self.on_event(self, event)
         if isinstance(event, FinishedEvent | FailedEvent):
@@ -131,9 +134,13 @@ class InProcessEngine:
         *,
         adapter: str | None = None,
         on_event: Callable[[Answer, Event], None] | None = None,
+        score: bool = False,
         **sampling: Any,
     ) -> Answer:
-        """Hands one request to the engine. `sampling` are SamplingParams'. Raises what the engine refuses with."""
+        """Hands one request to the engine; `score`: it wants its prompt's log-probabilities in place of new tokens.
+
+        `sampling` are SamplingParams'. Raises what the engine refuses with.
+        """
         answer = Answer(on_event)
         request = Request(
             request_id=str(next(self._ids)),
@@ -142,6 +149,7 @@ class InProcessEngine:
             params=SamplingParams(**sampling),
             adapter=None if adapter is None else self.store.resolve(adapter),
             arrival_s=time.monotonic(),
+            score_prompt=score,
         )
         self.engine.submit(request, answer.sink)
         return answer

@@ -1,7 +1,8 @@
 """Perplexity of the int8 backbone against the same weights in float32, on real text that was not used for calibration.
 
 Text: editorial sentences of the New York Times from vaderSentiment's data set (MIT), the first --tokens tokens in
-windows of --window. Rows: float32; int8 weights with float32 activations; plain W8A8; W8A8 as served (calibrated).
+windows of --window. Rows: float32; int8 weights with float32 activations; plain W8A8; calibrated W8A8; and the last as
+it is served, through the engine with its fused layers and bfloat16 KV cache.
     python benchmarks/perplexity.py [--backbone SOURCE] [--tokens 20480] [--out results/perplexity.json]
 """
 
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from in_process import engine_with
 from torch.nn import functional
 
 from polyhead_core.backbone import Backbone, download_pypi, load_backbone
@@ -39,14 +41,25 @@ def news_text() -> str:
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, tokens_NW: torch.Tensor) -> float:
+def perplexity(backbone: Backbone, tokens_NW: torch.Tensor) -> float:
     """exp of the mean negative log-likelihood of every token but each window's first."""
     total, count = 0.0, 0
     for window in tokens_NW:
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+        logits = backbone.model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
         total += functional.cross_entropy(logits, window[1:], reduction="sum").item()
         count += len(window) - 1
     return math.exp(total / count)
+
+
+def served_perplexity(backbone: Backbone, tokens_NW: torch.Tensor) -> float:
+    """The same from the engine's scores of the windows."""
+    with engine_with(loaded=backbone, kv_cache_bytes=256 << 20) as engine:
+        answers = [engine.submit(window.tolist(), score=True) for window in tokens_NW]
+        for answer in answers:
+            answer.result()
+    logprobs = [logprob for answer in answers for logprob in answer.prompt_logprobs]
+    assert len(logprobs) == tokens_NW.shape[0] * (tokens_NW.shape[1] - 1)
+    return math.exp(-sum(logprobs) / len(logprobs))
 
 
 def weight_only(backbone: Backbone) -> Backbone:
@@ -69,7 +82,8 @@ def main() -> None:
         "float32": lambda: load_backbone(arguments.backbone, quantization="none", dtype="float32"),
         "int8 weights only": lambda: weight_only(load_backbone(arguments.backbone, calibrate=False)),
         "W8A8 plain": lambda: load_backbone(arguments.backbone, calibrate=False),
-        "W8A8 as served": lambda: load_backbone(arguments.backbone),
+        "W8A8 calibrated": lambda: load_backbone(arguments.backbone),
+        "as served": lambda: load_backbone(arguments.backbone),
     }
     rows = []
     for name, load in cases.items():
@@ -78,7 +92,7 @@ def main() -> None:
         count = min(arguments.tokens, len(ids)) // arguments.window
         tokens = ids[: count * arguments.window].reshape(count, arguments.window)
         started = time.perf_counter()
-        value = perplexity(backbone.model, tokens)
+        value = (served_perplexity if name == "as served" else perplexity)(backbone, tokens)
         base = rows[0]["perplexity"] if rows else value
         row = {"case": name, "perplexity": value, "relative": value / base - 1, "bytes": backbone.num_bytes}
         rows.append(row)
