@@ -81,6 +81,8 @@ def observe(model: PreTrainedModel, tokens_NW: Tensor) -> list[InputGroup]:
     finally:
         for handle in handles:
             handle.remove()
+        for layer in layers.values():
+            layer.forget_packed()
     for group in groups:
         group.absmax_I = absmax[group.paths[0]]
     return groups
