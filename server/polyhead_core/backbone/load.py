@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from polyhead_core.backbone.checkpoint import CheckpointReader, fingerprint
 from polyhead_core.backbone.convert import OWN_QUANT_METHOD, int8_directory, weight_name
 from polyhead_core.backbone.embedding import CastEmbedding
+from polyhead_core.backbone.host_memory import large_blocks_apart
 from polyhead_core.backbone.model import Backbone
 from polyhead_core.backbone.source import DEFAULT_SOURCE, resolve_source
 from polyhead_core.errors import BackboneError, ConfigError
@@ -48,15 +49,16 @@ def load_backbone(
     cache = cache_dir or default_cache_dir()
     target = torch.device(device)
     compute = DTYPES[("float32" if target.type == "cpu" else "bfloat16") if dtype == "auto" else dtype]
-    directory = resolve_source(source, cache)
-    identity = fingerprint(directory, cache)
-    weights = directory
-    if is_int8_checkpoint(directory):
-        if quantization == "none":
-            raise ConfigError(f"backbone {source!r} is saved in int8: serve it with quantization = int8")
-    elif quantization == "int8":
-        weights = int8_directory(directory, identity, cache, calibrate=calibrate)
-    model = load_model(weights, compute, target, quantized=quantization == "int8")
+    with large_blocks_apart():
+        directory = resolve_source(source, cache)
+        identity = fingerprint(directory, cache)
+        weights = directory
+        if is_int8_checkpoint(directory):
+            if quantization == "none":
+                raise ConfigError(f"backbone {source!r} is saved in int8: serve it with quantization = int8")
+        elif quantization == "int8":
+            weights = int8_directory(directory, identity, cache, calibrate=calibrate)
+        model = load_model(weights, compute, target, quantized=quantization == "int8")
     return Backbone(
         model=model,
         tokenizer=_load_tokenizer(directory),

@@ -106,6 +106,8 @@ struct PackedLinear : torch::CustomClassHolder {
                 "a packed weight is made from a contiguous int8 [out, in], got ", weight.sizes(), " of ",
                 weight.scalar_type());
     out = weight.size(0), in = weight.size(1);
+    TORCH_CHECK(!out || !in || weight.min().item<int>() >= -127,
+                "weights must lie in -127..127, where absmax quantisation puts them");
     columns = outlier_columns ? outlier_columns->to(at::kLong).contiguous() : at::empty({0}, at::kLong);
     outliers = columns.numel();
     for (int64_t k = 0; k < outliers; ++k) {
