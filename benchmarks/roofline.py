@@ -247,6 +247,8 @@ def _print_profile(one: StepProfile) -> None:
         calls = sum(kernel.calls_per_step for kernel in rest)
         lines.append((f"{len(rest)} others", f"{calls:.0f}", f"{seconds * 1000:.3f}", f"{seconds / one.step_s:.1%}"))
     lines.append(("outside operators", "", f"{one.outside_s * 1000:.3f}", f"{one.outside_s / one.step_s:.1%}"))
+    for name, seconds in one.layer_phases.items():
+        lines.append((f"in the layers: {name}", "", f"{seconds * 1000:.3f}", f"{seconds / one.step_s:.1%}"))
     print_table(lines)
 
 

@@ -32,6 +32,8 @@ class StepProfile:
     outside_s: float
     """Of it outside all of torch's operators: Python, the scheduler, delivery, the profiler itself."""
     kernels: tuple[Kernel, ...]
+    layer_phases: dict[str, float]
+    """Seconds a step in each phase of the fused decoder layers, which are one kernel above."""
 
 
 class _Window:
@@ -41,7 +43,9 @@ class _Window:
     request's events start and stop it.
     """
 
-    def __init__(self, first: int, num_steps: int) -> None:
+    def __init__(self, engine: InProcessEngine, first: int, num_steps: int) -> None:
+        self._take_layer_seconds = engine.engine.take_layer_seconds
+        self.layer_phases: dict[str, float] = {}
         self._first = first
         self._num_steps = num_steps
         self._tokens = 0
@@ -54,11 +58,13 @@ class _Window:
             return
         self._tokens += len(event.token_ids)
         if self._tokens == self._first:
+            self._take_layer_seconds()
             self.profiler.start()
             self._began_s = time.perf_counter()
         elif self._tokens == self._first + self._num_steps:
             self.wall_s = time.perf_counter() - self._began_s
             self.profiler.stop()
+            self.layer_phases = self._take_layer_seconds()
 
 
 def profile_decode(
@@ -68,7 +74,7 @@ def profile_decode(
     with profile(activities=[ProfilerActivity.CPU]):
         pass  # torch sets its profiler up on the main thread
     first = 4 + _prefill_steps(engine, prompts)
-    window = _Window(first, num_steps)
+    window = _Window(engine, first, num_steps)
     answers = []
     for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         watch = window.on_event if index == 0 else None
@@ -95,6 +101,7 @@ def profile_decode(
         step_s=step_s,
         outside_s=step_s - sum(kernel.self_s_per_step for kernel in kernels),
         kernels=tuple(kernels),
+        layer_phases={name: seconds / num_steps for name, seconds in window.layer_phases.items()},
     )
 
 

@@ -106,6 +106,10 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    def take_layer_seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase of the fused layers since the last call; empty where no layer is fused."""
+        return {} if self._runner.fused is None else self._runner.fused.take_phase_seconds()
+
     def submit(self, request: Request, sink: EventSink) -> None:
         """Admits a request; its events go to `sink`. Raises QueueFull, Draining, InvalidRequest, EngineFailure."""
         with self._lock:

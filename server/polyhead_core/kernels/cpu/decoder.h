@@ -2,6 +2,8 @@
 // with the adapters' products at each linear layer. One parallel region for all layers; phases end at barriers.
 #pragma once
 
+#include <ATen/record_function.h>
+
 #include <array>
 #include <chrono>
 #include <memory>
@@ -102,6 +104,7 @@ struct DecoderStack : torch::CustomClassHolder {
                const at::Tensor& sequence, const at::Tensor& block_tables, const at::Tensor& slot_mapping,
                const at::Tensor& slots, const at::Tensor& arena, const at::Tensor& num_pages, const at::Tensor& pages,
                const at::Tensor& bias) {
+    RECORD_FUNCTION("polyhead_cpu::decoder_layers", std::vector<c10::IValue>());
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2 && x.size(1) == hidden,
                 "the decoder reads contiguous float32 [tokens, ", hidden, "]");
     TORCH_CHECK(0 <= first && first <= last && last <= static_cast<int64_t>(layers.size()), "no layers ", first, " to ", last);

@@ -5,6 +5,7 @@
 // multiply-adds are written out).
 
 #include <ATen/ATen.h>
+#include <ATen/record_function.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -15,6 +16,7 @@ namespace polyhead {
 namespace {
 
 at::Tensor packed_forward(const LinearPtr& linear, const at::Tensor& x) {
+  RECORD_FUNCTION("polyhead_cpu::packed_linear", std::vector<c10::IValue>());
   TORCH_CHECK(x.dim() == 2 && x.size(1) == linear->in, "expected rows of ", linear->in, ", got ", x.sizes());
   const at::Tensor input = x.to(at::kFloat).contiguous();
   at::Tensor y = at::empty({x.size(0), linear->out}, input.options());
