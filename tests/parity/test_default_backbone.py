@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from local_engine import local_engine
 from polyhead_core.backbone import load_backbone, source
+from polyhead_core.backbone.checkpoint import CheckpointReader
 from polyhead_core.backbone.pypi import download_pypi
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
@@ -87,3 +89,6 @@ def test_a_gguf_file_of_the_users_loads(default_directory: Path, tmp_path: Path)
     with torch.no_grad():
         assert torch.equal(backbone.model(ids).logits, default.model(ids).logits)
     assert gguf.is_file(), "a user's file stays where it is"
+    whole = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    parts = CheckpointReader(default.directory)
+    assert all(torch.equal(parts.read(name), whole.get_parameter(name)) for name in parts.names)

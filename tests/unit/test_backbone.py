@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from polyhead_core.backbone import gguf as gguf_module
 from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.convert import quantize_directory, save_int8
@@ -22,7 +23,7 @@ from polyhead_core.backbone.source import convert_gguf
 from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.int8 import Int8Linear, quantize_weight
 from polyhead_core.sites import SiteKind
-from tiny import CONFIGS, reference_model, save_backbone, tokenizer
+from tiny import CONFIGS, reference_model, save_backbone
 
 IDS = torch.arange(4, 44).view(1, -1)
 
@@ -235,21 +236,11 @@ def test_two_first_starts_at_once_convert_without_meeting(tmp_path: Path, monkey
     gguf.write_bytes(b"GGUF, as far as this test goes")
     both_have_begun = threading.Barrier(2, timeout=60)
 
-    models = [reference_model(directory) for _ in range(2)]
+    def write_together(_: Path, staging: Path) -> None:
+        shutil.copytree(directory, staging, dirs_exist_ok=True)
+        both_have_begun.wait()
 
-    def load(*_: object, **__: object) -> PreTrainedModel:
-        model = models.pop()
-        save = model.save_pretrained
-
-        def save_together(folder: Path) -> None:
-            save(folder)
-            both_have_begun.wait()
-
-        monkeypatch.setattr(model, "save_pretrained", save_together)
-        return model
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer())
+    monkeypatch.setattr(gguf_module, "gguf_to_directory", write_together)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: convert_gguf(gguf, tmp_path / "cache"), range(2)))
     monkeypatch.undo()

@@ -76,23 +76,10 @@ def convert_gguf(gguf: Path, cache: Path) -> Path:
 
 
 def _convert_gguf_to(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from polyhead_core.backbone.gguf import gguf_to_directory
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"cannot read {gguf} as GGUF: {error}") from error
-    # transformers refuses to save what it thinks is still quantised; after a GGUF load the weights are plain float32.
-    model.hf_quantizer = None  # type: ignore[assignment]
-    for attribute in ("is_quantized", "quantization_method"):
-        model.__dict__.pop(attribute, None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     with staging_directory(target) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        gguf_to_directory(gguf, staging)
         publish_directory(staging, target)
 
 
