@@ -15,7 +15,7 @@ from typing import Any
 from cost_adapters import adapter_name, file_bytes
 from cost_load import EngineOf, Outcome, in_turns, mixed
 from cost_merge import Merger
-from in_process import InProcessEngine, engine_with
+from in_process import InProcessEngine, engine_with, load_adapter
 from serving_workload import OUTPUT_TOKENS, PROMPT_TOKENS, Ask, draw_asks
 
 from polyhead_core.backbone import Backbone
@@ -176,7 +176,7 @@ def _load_most_popular(engine: InProcessEngine, fine_tunes: int) -> int:
     """Brings in the most popular adapters as far as they fit, as a long run under the same load would have."""
     loaded = 0
     for number in range(min(fine_tunes, engine.config.max_resident_adapters)):
-        info = engine.store.load(adapter_name(number))
+        info = load_adapter(engine.store, adapter_name(number))
         loaded += 1
         if engine.store.pool_used_bytes + 2 * info.device_bytes > engine.store.pool_bytes:
             break

@@ -20,7 +20,7 @@ from polyhead_server.config import ServerConfig
 from polyhead_server.engine.engine import Engine, EngineStatus
 from polyhead_server.metrics import Metrics
 from polyhead_server.request import Event, FailedEvent, FinishedEvent, Request, SamplingParams, TokensEvent
-from polyhead_server.store.store import AdapterStore
+from polyhead_server.store.store import AdapterInfo, AdapterStore
 
 ANSWER_TIMEOUT_S = 600.0
 
@@ -94,6 +94,17 @@ class Answer:
         if self.error is not None:
             raise self.error
         return self.token_ids
+
+
+def load_adapter(store: AdapterStore, name: str) -> AdapterInfo:
+    """Waits until the adapter is in the device pool. Raises what its load raised, or TimeoutError."""
+    deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        info = store.try_load(name)
+        if info is not None:
+            return info
+        time.sleep(0.005)
+    raise TimeoutError(f"adapter {name} is not loaded after {ANSWER_TIMEOUT_S:g} s")
 
 
 class InProcessEngine:

@@ -21,7 +21,7 @@ from typing import Any
 
 from cost_adapters import AdapterWriter, adapter_name
 from cost_report import print_table
-from in_process import InProcessEngine, StepFigures, engine_with
+from in_process import InProcessEngine, StepFigures, engine_with, load_adapter
 from machine import machine_facts, say_if_busy
 from roofline_probe import all_cores, int8_rate, read_bandwidth
 from roofline_profile import StepProfile, profile_decode
@@ -50,7 +50,7 @@ def main() -> None:
         settings |= {"backbone": options.backbone, "max_batch_rows": max(64, *options.rows)}
         with engine_with(Path(folder) / "adapters", **settings) as engine:
             for name in names:
-                engine.store.load(name)
+                load_adapter(engine.store, name)
             rows = [_measure(engine, count, names, options) for count in options.rows]
             profiles = [_profile(engine, count, names, options) for count in options.rows] if options.profile else []
             backbone = _backbone_facts(engine.backbone)

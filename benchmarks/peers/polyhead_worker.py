@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from polyhead_server.engine.engine import Engine
 from polyhead_server.metrics import Metrics
 from polyhead_server.request import Event, FailedEvent, FinishedEvent, Request, SamplingParams, TokensEvent
 from polyhead_server.store.store import AdapterStore
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this is a script: its own folder is the one on the path
+
+from in_process import load_adapter
 
 MARGIN_TOKENS = 16
 """Tokens beyond the measured window, so that rows which began early still run at its end."""
@@ -55,7 +61,7 @@ class Polyhead:
         self._store.refresh()
         self._engine.start()
         for name in warm_adapters:
-            self._store.load(name)
+            load_adapter(self._store, name)
         self._ids = itertools.count()
         registered = {"registered_adapters": len(self._store.list()), "loaded_adapters": len(warm_adapters)}
         return {
