@@ -20,7 +20,7 @@ def test_weights_and_adapter_are_what_a_run_holds(tmp_path: Path, quantization: 
     # bitsandbytes keeps its scales beside the parameters, where nothing that lists parameters or buffers finds them.
     scales = sum(w.SCB.nbytes for w in backbone.model.parameters() if getattr(w, "SCB", None) is not None)
     assert predicted.weights == pytest.approx(backbone.num_bytes + scales, rel=0.01)
-    model = methods.wrap(backbone, config.adapter, 0)
+    model = methods.tune(backbone, config.adapter, 0).model
     assert predicted.adapter == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert predicted.optimizer == 2 * predicted.gradients == 2 * predicted.adapter
     assert (predicted.batch.num_rows, predicted.activations > 0) == (6, True)

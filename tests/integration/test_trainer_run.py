@@ -181,7 +181,7 @@ def test_a_directory_that_is_no_adapter_is_never_replaced(tmp_path: Path) -> Non
     config = configuration(tmp_path)
     config.output.mkdir(parents=True)
     (config.output / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match="is no adapter"):
+    with pytest.raises(ConfigError, match="is no run's output"):
         run_quietly(config, overwrite=True)
     assert (config.output / "thesis.tex").read_text() == "mine"
 
@@ -206,7 +206,7 @@ def test_the_command_prints_one_line_for_a_users_mistake(tmp_path: Path) -> None
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "unknown setting adapter.rnak; did you mean adapter.rank?" in result.stderr
+    assert "unknown setting adapter.rnak of the method lora; did you mean adapter.rank?" in result.stderr
 
 
 def test_the_command_names_the_extra_that_a_missing_package_needs(tmp_path: Path) -> None:

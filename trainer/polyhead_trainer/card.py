@@ -15,7 +15,7 @@ def model_card(record: RunRecord) -> str:
     sections = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags:\n- {config.adapter.method}\n- polyhead\n---",
         f"# {config.title or name}",
-        f"An adapter ({config.adapter.method}, rank {config.adapter.rank}) for {base}, made by Polyhead's trainer.",
+        f"An adapter ({config.adapter.describe()}) for {base}, made by Polyhead's trainer.",
         _data(record),
         "## Before and after\n\nOn the same held-out examples.\n\n"
         + _table(("measure", "backbone", "tuned"), comparison(record.before, record.after)),

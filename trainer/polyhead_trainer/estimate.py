@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer, PreTrainedModel
@@ -32,7 +31,7 @@ from polyhead_trainer.batching import steps
 from polyhead_trainer.config import BackboneSection, RunConfig
 from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.evaluate import BATCH_SIZE, WINDOW_TOKENS
-from polyhead_trainer.loop import count_steps
+from polyhead_trainer.schedule import count_steps
 
 FLOAT32_BYTES = 4
 ADAM_STATES = 2
@@ -99,7 +98,8 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     batch = largest_micro_batch(config, train)
     model = empty_backbone(directory, config.backbone)
     weights = _num_bytes(model)
-    wrapped = methods.wrap(_as_backbone(model, directory, tokenizer, config), config.adapter, config.training.seed)
+    backbone = _as_backbone(model, directory, tokenizer, config)
+    wrapped = methods.tune(backbone, config.adapter, config.training.seed).model
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     adapter = sum(parameter.nbytes for parameter in trainable)
     vocabulary = int(model.config.vocab_size)
@@ -210,7 +210,7 @@ def _as_backbone(model: PreTrainedModel, directory: Path, tokenizer: Any, config
     )
 
 
-def saved_bytes(model: PeftModel, batch: MicroBatch) -> int:
+def saved_bytes(model: nn.Module, batch: MicroBatch) -> int:
     """Bytes of the distinct tensors that autograd keeps for a forward pass over `batch`, parameters apart."""
     with FakeTensorMode(allow_non_fake_inputs=True), _shape_only_products(model):
         made: dict[int, nn.Parameter] = {}

@@ -18,7 +18,7 @@ from polyhead_trainer.batching import collate
 from polyhead_trainer.config import EvaluateSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import DataError
-from polyhead_trainer.loss import first_label_rows, label_logits
+from polyhead_trainer.objectives.label_logits import first_label_rows, label_logits
 
 BATCH_SIZE = 32
 WINDOW_TOKENS = 512

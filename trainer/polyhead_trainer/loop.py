@@ -1,20 +1,23 @@
-"""The training loop: plain steps of AdamW on float32 adapter weights. Knows no files and no display."""
+"""The training loop: plain steps of an optimizer on float32 weights. Knows no files and no display."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from polyhead_trainer.batching import collate, steps
+from polyhead_trainer.batching import steps
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import TrainingDiverged
-from polyhead_trainer.loss import loss_sum
+from polyhead_trainer.methods import Tuned, trained_parameters
+from polyhead_trainer.objectives import Objective
+from polyhead_trainer.schedule import count_steps, learning_rate_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,79 +36,91 @@ class StepReport:
     seconds: float
 
 
-def count_steps(settings: TrainingSection, num_examples: int) -> int:
-    if settings.max_steps is not None:
-        return settings.max_steps
-    assert settings.epochs is not None
-    return settings.epochs * math.ceil(num_examples / settings.batch_size)
+class Hook(Protocol):
+    def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
+        """Called after every optimizer step; may call `loop.stop`."""
 
 
-def learning_rate_factor(settings: TrainingSection, step: int, num_steps: int) -> float:
-    """Share of the peak rate in `step` (from 0): a linear rise, then the schedule's fall, which ends above 0."""
-    num_warmup = math.ceil(settings.warmup * num_steps)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[settings.schedule]
+class TrainingLoop:
+    """Owns the optimizer and the position in the data; what else a run does at its steps is done by hooks."""
 
+    def __init__(
+        self, tuned: Tuned, objective: Objective, examples: Sequence[EncodedExample], settings: TrainingSection
+    ) -> None:
+        self.tuned = tuned
+        self.settings = settings
+        self.num_steps = count_steps(settings, len(examples))
+        self.step = 0
+        """Optimizer steps done."""
+        self.stopped_because: str | None = None
+        self.optimizer = torch.optim.AdamW(tuned.parameter_groups(settings), weight_decay=settings.weight_decay)
+        for group in self.optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        self._objective = objective
+        self._examples = examples
+        self._parameters = list(trained_parameters(tuned.model).values())
 
-def train(
-    model: nn.Module,
-    examples: Sequence[EncodedExample],
-    settings: TrainingSection,
-    *,
-    pad_id: int,
-    on_step: Callable[[StepReport], None],
-) -> None:
-    """Trains the parameters that require gradients, in place. Raises TrainingDiverged."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    num_steps = count_steps(settings, len(examples))
-    plan = steps(examples, batch_size=settings.batch_size, seed=settings.seed, num_steps=num_steps)
-    model.train()
-    for step, chosen in enumerate(plan):
+    def stop(self, reason: str) -> None:
+        """Ends the run after the current step."""
+        self.stopped_because = reason
+
+    def run(self, hooks: Sequence[Hook]) -> None:
+        """Trains in place from `step` on. Raises TrainingDiverged."""
+        self.tuned.model.train()
+        plan = steps(
+            self._examples, batch_size=self.settings.batch_size, seed=self.settings.seed, num_steps=self.num_steps
+        )
+        for position, chosen in enumerate(plan):
+            if position < self.step:
+                continue
+            report = self._step(chosen)
+            for hook in hooks:
+                hook.after_step(self, report)
+            if self.stopped_because is not None:
+                break
+        self.tuned.model.eval()
+
+    def _step(self, chosen: Sequence[EncodedExample]) -> StepReport:
         started = time.perf_counter()
-        rate = settings.learning_rate * learning_rate_factor(settings, step, num_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = accumulate_gradients(model, chosen, settings.micro_batch_size or settings.batch_size, pad_id)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        factor = learning_rate_factor(self.settings, self.step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
+        loss = accumulate_gradients(self.tuned.model, self._objective, chosen, micro_batch_size)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
         if not math.isfinite(loss) or not torch.isfinite(norm):
             origins = ", ".join(example.example.origin for example in chosen)
             raise TrainingDiverged(
-                f"step {step + 1}: loss {loss}, gradient norm {norm.item()}: not a number any more; try a smaller "
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm.item()}: not a number any more; try a smaller "
                 f"training.learning_rate; the step's examples: {origins}"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        on_step(
-            StepReport(
-                step=step + 1,
-                num_steps=num_steps,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm.item(),
-                num_tokens=sum(len(example) for example in chosen),
-                num_labels=sum(example.num_labels for example in chosen),
-                seconds=time.perf_counter() - started,
-            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return StepReport(
+            step=self.step,
+            num_steps=self.num_steps,
+            loss=loss,
+            learning_rate=self.settings.learning_rate * factor,
+            grad_norm=norm.item(),
+            num_tokens=sum(len(example) for example in chosen),
+            num_labels=sum(example.num_labels for example in chosen),
+            seconds=time.perf_counter() - started,
         )
-    model.eval()
 
 
 def accumulate_gradients(
-    model: nn.Module, examples: Sequence[EncodedExample], micro_batch_size: int, pad_id: int
+    model: nn.Module, objective: Objective, examples: Sequence[EncodedExample], micro_batch_size: int
 ) -> float:
-    """Adds the gradient of the mean loss over all label tokens of `examples`; returns that loss.
+    """Adds the gradient of the mean loss over all units (label tokens) of `examples`; returns that loss.
 
-    Every micro-batch is weighted by its label tokens and not by its examples, so the result is the large batch's.
+    Every micro-batch is weighted by its units and not by its examples, so the result is the large batch's.
     """
     device = next(model.parameters()).device
-    num_labels = sum(example.num_labels for example in examples)
-    total: Tensor | float = 0.0
+    num_units = objective.num_units(examples)
+    total = torch.zeros((), device=device)
     for start in range(0, len(examples), micro_batch_size):
-        batch = collate(examples[start : start + micro_batch_size], pad_id).to(device)
-        loss = loss_sum(model, batch) / num_labels
+        loss = objective.loss_sum(model, examples[start : start + micro_batch_size], device) / num_units
         loss.backward()
-        total = total + loss.detach()
-    return float(total)
+        total += loss.detach()
+    return total.item()

@@ -8,14 +8,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from polyhead_trainer.loop import StepReport
+from polyhead_trainer.loop import StepReport, TrainingLoop
 
 LINE_INTERVAL_S = 10.0
 SMOOTHING = 0.9
 
 
 class TrainingProgress:
-    """Use as a context manager, and as the loop's `on_step`."""
+    """Use as a context manager, and as a hook of the loop."""
 
     def __init__(self, console: Console) -> None:
         self.history: list[StepReport] = []
@@ -43,7 +43,7 @@ class TrainingProgress:
         seconds = sum(report.seconds for report in self.history)
         return sum(report.num_tokens for report in self.history) / seconds if seconds else 0.0
 
-    def __call__(self, report: StepReport) -> None:
+    def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
         first = not self.history
         self.history.append(report)
         self._smoothed_loss = report.loss if first else SMOOTHING * self._smoothed_loss + (1 - SMOOTHING) * report.loss

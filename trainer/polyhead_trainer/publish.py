@@ -7,12 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
-
-from polyhead_core.adapter_directory import CONFIG_FILE, content_hash, stamp_backbone
+from polyhead_core.adapter_directory import CONFIG_FILE
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.card import model_card
 from polyhead_trainer.errors import OutputExists
+from polyhead_trainer.methods import Tuned
 from polyhead_trainer.record import METRICS_FILE, RunRecord
 
 
@@ -20,21 +19,21 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raises before the work is done what `publish` would raise after it."""
     if not output.exists():
         return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG_FILE).is_file()):
-        raise ConfigError(f"output = {output} is there and is no adapter: it is not touched; choose another")
-    if not overwrite and (output / CONFIG_FILE).is_file():
+    finished = (output / CONFIG_FILE).is_file() or (output / METRICS_FILE).is_file()
+    if not output.is_dir() or (any(output.iterdir()) and not finished):
+        raise ConfigError(f"output = {output} is there and is no run's output: it is not touched; choose another")
+    if not overwrite and finished:
         raise OutputExists(f"{output} holds a finished run; choose another output, or replace it with --overwrite")
 
 
-def publish(model: PeftModel, record: RunRecord, *, overwrite: bool) -> str:
+def publish(tuned: Tuned, record: RunRecord, *, overwrite: bool) -> str:
     """Writes the directory and returns its content hash. Raises OutputExists, ConfigError."""
     output = record.config.output
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name with a dot in front: a server that watches the parent folder does not take it for an adapter.
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _write(model, record, staging)
-        identity = content_hash(staging)
+        identity = _write(tuned, record, staging)
         check_output(output, overwrite)
         _replace(staging, output)
     finally:
@@ -42,12 +41,12 @@ def publish(model: PeftModel, record: RunRecord, *, overwrite: bool) -> str:
     return identity
 
 
-def _write(model: PeftModel, record: RunRecord, directory: Path) -> None:
+def _write(tuned: Tuned, record: RunRecord, directory: Path) -> str:
     os.chmod(directory, 0o755)
-    model.save_pretrained(str(directory), save_embedding_layers=record.config.adapter.save_embedding_layers)
-    stamp_backbone(directory, fingerprint=record.backbone.fingerprint, quantization=record.backbone.quantization)
+    identity = tuned.save(directory, fingerprint=record.backbone.fingerprint, quantization=record.backbone.quantization)
     (directory / METRICS_FILE).write_text(record.to_json(), encoding="utf-8")
     (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+    return identity
 
 
 def _replace(staging: Path, output: Path) -> None:

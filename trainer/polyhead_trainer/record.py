@@ -14,7 +14,7 @@ from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedData, hash_files
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
 
     from polyhead_core.backbone import Backbone
     from polyhead_trainer.evaluate import Measures
@@ -80,14 +80,20 @@ class TrainableFacts:
         return 100 * self.num_trainable / self.num_total
 
     @classmethod
-    def of(cls, model: PeftModel, backbone_parameters: int) -> TrainableFacts:
+    def of(cls, model: nn.Module, backbone: BackboneFacts, num_untouched: int) -> TrainableFacts:
+        """`num_untouched`: parameters in the backbone's tree before the method changed it."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         num_trainable = sum(parameter.numel() for parameter in trainable)
+        num_added = count_parameters(model) - num_untouched
         return cls(
             num_trainable=num_trainable,
             trainable_bytes=sum(parameter.nbytes for parameter in trainable),
-            num_total=backbone_parameters + num_trainable,
+            num_total=backbone.num_parameters + num_added,
         )
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def print_plan(
     lines = [
         f"backbone   {backbone.source}, {backbone.quantization}, {backbone.dtype}: "
         f"{backbone.num_parameters:,} parameters in {backbone.num_bytes:,} bytes",
-        f"adapter    {config.adapter.method}, rank {config.adapter.rank}: {trainable.num_trainable:,} trainable of "
+        f"adapter    {config.adapter.describe()}: {trainable.num_trainable:,} trainable of "
         f"{trainable.num_total:,} parameters ({trainable.percentage:.3f} %), {trainable.trainable_bytes:,} bytes",
         f"data       {data.num_train:,} examples to learn ({data.num_train_tokens:,} tokens), "
         f"{data.num_held_out:,} held out"

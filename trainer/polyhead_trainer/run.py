@@ -13,10 +13,11 @@ from rich.console import Console
 from polyhead_trainer import backbones, evaluate, methods, report
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
-from polyhead_trainer.loop import count_steps, train
+from polyhead_trainer.loop import TrainingLoop
+from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
-from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +42,22 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunR
     evaluator = evaluate.prepare(config.evaluate, held_out.examples, tokenizer, pad_id)
 
     facts = BackboneFacts.of(backbone)
-    model = methods.wrap(backbone, config.adapter, config.training.seed)
+    num_untouched = count_parameters(backbone.model)
+    tuned = methods.tune(backbone, config.adapter, config.training.seed)
     data_facts = DataFacts.of(config, train_data, held_out)
-    trainable = TrainableFacts.of(model, facts.num_parameters)
-    num_steps = count_steps(config.training, len(train_data.examples))
-    report.print_plan(console, config, facts, data_facts, trainable, num_steps)
+    trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
+    loop = TrainingLoop(tuned, CompletionObjective(pad_id), train_data.examples, config.training)
+    report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
 
     console.print("measuring the backbone on the held-out examples")
-    with model.disable_adapter():
-        before = evaluator.measure(model)
+    with tuned.baseline():
+        before = evaluator.measure(tuned.model)
     train_started = time.perf_counter()
     with TrainingProgress(console) as progress:
-        train(model, train_data.examples, config.training, pad_id=pad_id, on_step=progress)
+        loop.run([progress])
     train_seconds = time.perf_counter() - train_started
     console.print("measuring the tuned model on the same examples")
-    after = evaluator.measure(model)
+    after = evaluator.measure(tuned.model)
 
     record = RunRecord(
         config=config,
@@ -71,9 +73,10 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunR
         total_seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(backbone.device),
     )
-    identity = publish(model, record, overwrite=overwrite)
+    identity = publish(tuned, record, overwrite=overwrite)
     report.print_outcome(console, record)
-    console.print(f"adapter {config.output} ({identity[:12]})", highlight=False, soft_wrap=True)
+    kind = "adapter" if tuned.is_adapter else "model"
+    console.print(f"{kind} {config.output} ({identity[:12]})", highlight=False, soft_wrap=True)
     return RunResult(record=record, content_hash=identity)
 
 

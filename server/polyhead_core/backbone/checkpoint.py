@@ -91,22 +91,29 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:
-    """SHA-256 over the architecture's name and every tensor's name, type, shape and bytes.
-
-    Independent of sharding, of later quantisation and of library versions. Kept in the cache by the files' stats.
-    """
+    """`compute_fingerprint`, kept in the cache by the files' stats."""
     reader = CheckpointReader(directory)
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in set(reader._files.values()))
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
     remembered = cache_dir / "fingerprints" / key
     if remembered.is_file():
         return remembered.read_text(encoding="ascii")
+    computed = compute_fingerprint(directory)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    remembered.write_text(computed, encoding="ascii")
+    return computed
+
+
+def compute_fingerprint(directory: Path) -> str:
+    """SHA-256 over the architecture's name and every tensor's name, type, shape and bytes.
+
+    Independent of sharding, of later quantisation and of library versions.
+    """
+    reader = CheckpointReader(directory)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(str(config.get("model_type")).encode())
     for name in reader.names:
         tensor = reader.read(name).contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    remembered.write_text(digest.hexdigest(), encoding="ascii")
     return digest.hexdigest()

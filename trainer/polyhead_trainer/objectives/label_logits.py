@@ -1,11 +1,10 @@
-"""Completion-only loss: logits are computed at the label positions alone, never for the whole batch."""
+"""Logits at the label positions alone, never for the whole batch."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead_trainer.batching import Batch
@@ -24,11 +23,6 @@ def label_logits(model: nn.Module, batch: Batch) -> Tensor:
         logits_to_keep=batch.predicts_BT,
     )
     return cast(Tensor, output.logits).float()
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the label tokens' negative log-probabilities. A sum, so that micro-batches add up to the large batch."""
-    return F.cross_entropy(label_logits(model, batch), batch.targets_N, reduction="sum")
 
 
 def first_label_rows(batch: Batch) -> Tensor:

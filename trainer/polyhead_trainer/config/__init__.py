@@ -1,0 +1,25 @@
+"""What one training run is: a TOML file, checked field by field. Knows no torch."""
+
+from polyhead_trainer.config.adapter import AdapterSettings, FullSettings, LoraSettings
+from polyhead_trainer.config.load import known_settings, load_config, parse_config
+from polyhead_trainer.config.sections import (
+    BackboneSection,
+    DataSection,
+    EvaluateSection,
+    RunConfig,
+    TrainingSection,
+)
+
+__all__ = [
+    "AdapterSettings",
+    "BackboneSection",
+    "DataSection",
+    "EvaluateSection",
+    "FullSettings",
+    "LoraSettings",
+    "RunConfig",
+    "TrainingSection",
+    "known_settings",
+    "load_config",
+    "parse_config",
+]

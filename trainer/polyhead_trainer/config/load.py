@@ -1,0 +1,100 @@
+"""From a TOML file to a checked configuration. Reads nothing but that file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from polyhead_core.errors import ConfigError
+from polyhead_trainer.config.adapter import METHODS
+from polyhead_trainer.config.base import Section
+from polyhead_trainer.config.sections import RunConfig
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings in `file` with `section.key=value` texts on top; values are TOML, bare words are strings.
+
+    Raises ConfigError. Relative paths are relative to the working directory.
+    """
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+    return parse_config(values, origin=str(file), overrides=overrides)
+
+
+def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+    for text in overrides:
+        _override(values, text)
+    try:
+        # Through JSON, because strict validation turns texts into paths only there.
+        return RunConfig.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {text!r}: expected section.key=value")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {text!r}: {section} is a value, not a section")
+    try:
+        values[name] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[name] = value.strip()
+
+
+def _explain(problem: ErrorDetails) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if path[0] == "adapter" and len(path) > 1:
+        method = path.pop(1)  # pydantic names the union's member too
+        if problem["type"] == "extra_forbidden" and len(path) == 2:
+            own = METHODS[method].model_fields
+            near = difflib.get_close_matches(path[1], own, n=1)
+            hint = f"did you mean adapter.{near[0]}?" if near else f"known are {', '.join(own)}"
+            return f"unknown setting {'.'.join(path)} of the method {method}; {hint}"
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name}{_nearest(path)}"
+    if problem["type"] == "missing":
+        return f"the setting {name} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{name} = {problem['input']!r}: {message}" if not isinstance(problem["input"], dict) else f"{name}: {message}"
+    )
+
+
+def _nearest(path: list[str]) -> str:
+    known = {".".join(key): key for key in known_settings()}
+    same_name = [name for name, key in known.items() if key[-1] == path[-1]]
+    near = same_name or difflib.get_close_matches(".".join(path), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def known_settings() -> dict[tuple[str, ...], FieldInfo]:
+    """Every setting by its path, sections first opened in the order in which they are declared."""
+    found: dict[tuple[str, ...], FieldInfo] = {}
+    for name, field in RunConfig.model_fields.items():
+        if name == "adapter":
+            for settings in METHODS.values():
+                for inner, inner_field in settings.model_fields.items():
+                    found.setdefault((name, inner), inner_field)
+            continue
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found.update({(name, inner): inner_field for inner, inner_field in section.model_fields.items()})
+        else:
+            found[(name,)] = field
+    return found

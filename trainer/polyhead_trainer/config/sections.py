@@ -1,0 +1,100 @@
+"""The sections of a run's configuration; what a method needs is in `adapter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from polyhead_trainer.config.adapter import AdapterSettings, LoraSettings
+from polyhead_trainer.config.base import Count, Fraction, Positive, Section
+
+
+class BackboneSection(Section):
+    source: str = "default"
+    """`default` (SmolLM2-135M-Instruct), a Hugging Face directory, a .gguf file or a hub id."""
+    quantization: Literal["int8", "llm.int8", "none"] = "int8"
+    """`int8`: the very layers that the server runs; `llm.int8`: bitsandbytes' LLM.int8; `none`: weights in `dtype`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    cache_dir: Path | None = None
+    """Where converted backbones are kept; unset: `$XDG_CACHE_HOME/polyhead` or `~/.cache/polyhead`."""
+
+
+class DataSection(Section):
+    train: list[Path]
+    """JSONL files to learn from: {"prompt": ..., "completion": ...} or {"messages": [...]} on every line."""
+    held_out: list[Path]
+    """JSONL files to measure on, before and after. No example may be in both."""
+    max_length: Positive = 512
+    """Examples of more tokens are left out, and counted."""
+    name: str = ""
+    """The data's name, for the model card."""
+    source: str = ""
+    """Where the data comes from, for the model card."""
+    license: str = ""
+    """The data's licence, for the model card."""
+
+
+class TrainingSection(Section):
+    epochs: Positive | None = None
+    """Passes over the data; exactly one of epochs and max_steps."""
+    max_steps: Positive | None = None
+    """Optimizer steps, over as many passes as they take."""
+    batch_size: Positive = 16
+    """Examples per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Most examples in one forward pass; unset: batch_size. Smaller saves memory and changes no result."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up, to 0 (constant: not at all)."""
+    warmup: Fraction = 0.1
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: Count = 0
+    """Of the adapter's initial weights, the dropout and the order of the data."""
+    num_threads: Count = 0
+    """Compute threads; 0: as torch chooses."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("exactly one of epochs and max_steps must be set")
+        return self
+
+
+class EvaluateSection(Section):
+    max_examples: Count = 200
+    """Held-out examples whose loss is measured; 0: all."""
+    generate_examples: Count = 32
+    """Held-out examples that are answered, greedily, by the backbone and by the tuned model."""
+    max_new_tokens: Positive = 32
+    """Length limit of those answers."""
+    choices: list[str] = []
+    """For classification: every possible completion. Measures how often the right one is the most likely of them,
+    which is fair to a backbone that does not know the form of the answer. Their first tokens must differ."""
+    general_text: Path | None = None
+    """A text of another kind: its perplexity before and after shows what was forgotten."""
+    general_tokens: Positive = 4096
+    """How many of its tokens are used."""
+    show: Count = 4
+    """How many answers are printed side by side."""
+
+
+class RunConfig(Section):
+    output: Path
+    """The adapter's directory. It appears only when the run is complete."""
+    title: str = ""
+    """What the adapter does, in one line, for the model card."""
+    backbone: BackboneSection = BackboneSection()
+    adapter: AdapterSettings = LoraSettings()
+    data: DataSection
+    training: TrainingSection
+    evaluate: EvaluateSection = EvaluateSection()

@@ -1,0 +1,28 @@
+"""Causal language modelling on completions: the loss of the label tokens, given everything before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead_trainer.batching import collate
+from polyhead_trainer.data import EncodedExample
+from polyhead_trainer.objectives.label_logits import label_logits
+
+
+@dataclass(frozen=True)
+class CompletionObjective:
+    """Implements Objective."""
+
+    pad_id: int
+
+    def num_units(self, examples: Sequence[EncodedExample]) -> int:
+        return sum(example.num_labels for example in examples)
+
+    def loss_sum(self, model: nn.Module, examples: Sequence[EncodedExample], device: torch.device) -> Tensor:
+        batch = collate(examples, self.pad_id).to(device)
+        return F.cross_entropy(label_logits(model, batch), batch.targets_N, reduction="sum")
