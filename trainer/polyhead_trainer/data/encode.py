@@ -1,0 +1,58 @@
+"""From examples to token ids with a label mask. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from polyhead_trainer.data.examples import EncodedExample, Example
+from polyhead_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> EncodedExample:
+    """Raises DataError for a conversation that the chat template does not lay out turn after turn."""
+    pieces = _chat_pieces(example, tokenizer) if example.messages else _completion_pieces(example, tokenizer)
+    token_ids = [token for ids, _ in pieces for token in ids]
+    is_label = [label for ids, label in pieces for _ in ids]
+    prompt_length = sum(len(ids) for ids, _ in pieces[:-1])
+    return EncodedExample(example=example, token_ids=token_ids, is_label=is_label, prompt_length=prompt_length)
+
+
+def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
+    # Apart, because the server sees the prompt alone; without control tokens, because it takes prompts as plain text.
+    prompt = tokenizer(example.prompt, split_special_tokens=True)["input_ids"]
+    completion = tokenizer(example.completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [(prompt, False), ([*completion, tokenizer.eos_token_id], True)]
+
+
+def _chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
+    """By turns what is given and what the assistant says, its end token included."""
+    messages = list(example.messages)
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        given = _render(messages[:turn], tokenizer, answer_next=True)
+        answered = _render(messages[: turn + 1], tokenizer, answer_next=False)
+        end = answered.find(tokenizer.eos_token, len(given) + len(message["content"].strip()))
+        if end < 0 or not (given.startswith(done) and answered.startswith(given)):
+            raise DataError(
+                f"{example.origin}: messages[{turn}]: the chat template does not lay this answer out as a continuation "
+                f"that ends in {tokenizer.eos_token}; give such data as prompt and completion"
+            )
+        answer_end = end + len(tokenizer.eos_token)
+        pieces += [(given[len(done) :], False), (answered[len(given) : answer_end], True)]
+        done = answered[:answer_end]
+    return [(tokenizer(text, add_special_tokens=False)["input_ids"], label) for text, label in pieces]
+
+
+def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, answer_next: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("the backbone's tokenizer has no chat template; give the data as prompt and completion")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,33 @@
+"""A run's examples: read, encoded, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyhead_trainer.data.encode import encode
+from polyhead_trainer.data.examples import EncodedData, EncodedExample
+from polyhead_trainer.data.read import read_jsonl
+from polyhead_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_examples(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
+    examples = [encode(example, tokenizer) for file in files for example in read_jsonl(file)]
+    fitting = [example for example in examples if len(example) <= max_length]
+    if not fitting:
+        raise DataError(f"{', '.join(map(str, files))}: every example is longer than max_length = {max_length} tokens")
+    return EncodedData(examples=fitting, num_too_long=len(examples) - len(fitting))
+
+
+def check_disjoint(train: Iterable[EncodedExample], held_out: Iterable[EncodedExample]) -> None:
+    """Raises DataError where a held-out example is learned as well: what is measured on it would be worth nothing."""
+    learned = {item.example.identity: item.example.origin for item in train}
+    for item in held_out:
+        if item.example.identity in learned:
+            raise DataError(
+                f"{item.example.origin}: this held-out example is learned too: {learned[item.example.identity]}"
+            )
