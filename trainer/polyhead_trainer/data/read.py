@@ -19,11 +19,8 @@ def read_jsonl(file: Path) -> list[Example]:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
-    examples = [
-        parse_record(_json(line, f"{file}:{number}"), f"{file}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    places = [(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    examples = [parse_record(_json(line, origin), origin) for line, origin in places]
     if not examples:
         raise DataError(f"{file} holds no examples")
     return examples
