@@ -40,6 +40,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="TOML file; `trainer settings` lists what it may hold.")],
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the output directory.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, if there is one.")] = False,
 ) -> None:
     """Trains one adapter and shows the same held-out examples before and after."""
     from rich.console import Console
@@ -50,7 +51,7 @@ def run(
     _quiet_libraries()
     from polyhead_trainer.run import run as run_config
 
-    run_config(loaded, Console(), overwrite=overwrite)
+    run_config(loaded, Console(), overwrite=overwrite, resume=resume)
 
 
 @app.command()
@@ -220,6 +221,7 @@ def _quiet_libraries() -> None:
     """Keeps advice meant for the authors of our dependencies away from those who run a training."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def main() -> None:

@@ -4,6 +4,9 @@ PolyheadError
 ├── ConfigError        polyhead_core: a setting that cannot be used
 ├── DataError          a training or evaluation file that cannot be used: names file, line and field
 ├── OutputExists       a finished run is there and `--overwrite` was not given
+├── CheckpointExists   an unfinished run is there and `--resume` was not given
+├── ResumeRefused      what is to be continued is another run: names what changed
+├── StorageFailed      a checkpoint or the output could not be written: disk full, no permission
 ├── ConversionError    a checkpoint that cannot be converted: what was given, what was expected
 ├── MergeRefused       an adapter that cannot be merged into this backbone
 ├── TrainingDiverged   the loss is not a number any more
@@ -21,6 +24,18 @@ class DataError(PolyheadError):
 
 class OutputExists(PolyheadError):
     reason = "OUTPUT_EXISTS"
+
+
+class CheckpointExists(PolyheadError):
+    reason = "CHECKPOINT_EXISTS"
+
+
+class ResumeRefused(PolyheadError):
+    reason = "RESUME_REFUSED"
+
+
+class StorageFailed(PolyheadError):
+    reason = "STORAGE_FAILED"
 
 
 class ConversionError(PolyheadError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +23,8 @@ class TrainingProgress:
         self.history: list[StepReport] = []
         self._console = console
         self._smoothed_loss = 0.0
+        self._num_before = 0
+        """Steps of an earlier process, which this one's clock did not see."""
         self._started = self._last_line = time.monotonic()
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -38,6 +42,17 @@ class TrainingProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [dataclasses.asdict(report) for report in self.history],
+            "smoothed_loss": self._smoothed_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = [StepReport(**report) for report in state["history"]]
+        self._smoothed_loss = state["smoothed_loss"]
+        self._num_before = len(self.history)
+
     @property
     def tokens_per_s(self) -> float:
         seconds = sum(report.seconds for report in self.history)
@@ -54,7 +69,8 @@ class TrainingProgress:
         now = time.monotonic()
         if first or report.step == report.num_steps or now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
-            remaining = (now - self._started) / report.step * (report.num_steps - report.step)
+            seconds_a_step = (now - self._started) / (report.step - self._num_before)
+            remaining = seconds_a_step * (report.num_steps - report.step)
             self._console.print(
                 f"step {report.step}/{report.num_steps}  {text}  {remaining:.0f} s left", highlight=False
             )

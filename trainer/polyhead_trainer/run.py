@@ -11,13 +11,16 @@ import torch
 from rich.console import Console
 
 from polyhead_trainer import backbones, evaluate, methods, report
+from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, restore
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.objectives import CompletionObjective
+from polyhead_trainer.parallel import Ranks
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters
+from polyhead_trainer.storage import writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,14 @@ class RunResult:
     content_hash: str
 
 
-def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunResult:
+def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume: bool = False) -> RunResult:
     """Raises PolyheadError for everything that the user can mend."""
     started = time.perf_counter()
+    ranks = Ranks()
     check_output(config.output, overwrite)
+    checkpoints = CheckpointDirectory(config.output)
+    if not resume:
+        checkpoints.check_fresh()
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
 
@@ -49,13 +56,28 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunR
     loop = TrainingLoop(tuned, CompletionObjective(pad_id), train_data.examples, config.training)
     report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
 
-    console.print("measuring the backbone on the held-out examples")
-    with tuned.baseline():
-        before = evaluator.measure(tuned.model)
+    identity = RunIdentity.of(config, data_facts, facts)
+    progress = TrainingProgress(console)
+    stateful = {"progress": progress}
+    latest = checkpoints.latest()
+    if latest is not None:
+        identity.check_continues(SavedRun.read(latest).identity, latest)
+        saved = restore(latest, loop, stateful, ranks)
+        console.print(f"continuing {latest} after step {saved.step}", highlight=False, soft_wrap=True)
+    else:
+        console.print("measuring the backbone on the held-out examples")
+        with tuned.baseline():
+            saved = SavedRun(identity=identity, before=evaluator.measure(tuned.model), hooks={})
+    before = saved.before
+    checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     train_started = time.perf_counter()
-    with TrainingProgress(console) as progress:
-        loop.run([progress])
-    train_seconds = time.perf_counter() - train_started
+    try:
+        with progress:
+            loop.run([progress, checkpointer])
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+    train_seconds = saved.train_seconds + time.perf_counter() - train_started
     console.print("measuring the tuned model on the same examples")
     after = evaluator.measure(tuned.model)
 
@@ -73,11 +95,14 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False) -> RunR
         total_seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(backbone.device),
     )
-    identity = publish(tuned, record, overwrite=overwrite)
+    kept = f"the trained state is in {latest}: --resume" if (latest := checkpoints.latest()) else "nothing was kept"
+    with writing(config.output, kept):
+        content = publish(tuned, record, overwrite=overwrite)
+    checkpoints.remove()
     report.print_outcome(console, record)
     kind = "adapter" if tuned.is_adapter else "model"
-    console.print(f"{kind} {config.output} ({identity[:12]})", highlight=False, soft_wrap=True)
-    return RunResult(record=record, content_hash=identity)
+    console.print(f"{kind} {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
+    return RunResult(record=record, content_hash=content)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

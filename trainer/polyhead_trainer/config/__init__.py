@@ -4,6 +4,7 @@ from polyhead_trainer.config.adapter import AdapterSettings, FullSettings, LoraS
 from polyhead_trainer.config.load import known_settings, load_config, parse_config
 from polyhead_trainer.config.sections import (
     BackboneSection,
+    CheckpointSection,
     DataSection,
     EvaluateSection,
     RunConfig,
@@ -13,6 +14,7 @@ from polyhead_trainer.config.sections import (
 __all__ = [
     "AdapterSettings",
     "BackboneSection",
+    "CheckpointSection",
     "DataSection",
     "EvaluateSection",
     "FullSettings",

@@ -88,6 +88,16 @@ class EvaluateSection(Section):
     """How many answers are printed side by side."""
 
 
+class CheckpointSection(Section):
+    every_steps: Count = 100
+    """Optimizer steps between two checkpoints in `<output>.checkpoints`; 0: none. A run longer than this also keeps its
+    last step until the output is published; then all of them go."""
+    keep: Positive = 2
+    """How many of the last checkpoints are kept while the run goes on."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in memory; otherwise the next step waits."""
+
+
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
@@ -98,3 +108,4 @@ class RunConfig(Section):
     data: DataSection
     training: TrainingSection
     evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()

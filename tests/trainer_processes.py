@@ -1,0 +1,129 @@
+"""Trainings in processes of their own, which tests kill: started from one server that has imported the trainer."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tiny import save_backbone
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["polyhead_trainer.run", "trainer_processes"])
+
+COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "sky": "blue", "lemon": "yellow"}
+
+
+def write_run(folder: Path, *, method: str = "lora", quantization: str = "int8", steps: int = 12) -> Path:
+    """A configuration with its data and tiny backbone in `folder`; the adapter's dropout is on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"prompt": f"Colour of {thing}, {number}:", "completion": f" {colour}" * (1 + number % 3)})
+        for number in range(4)
+        for thing, colour in COLOURS.items()
+    ]
+    (folder / "train.jsonl").write_text("\n".join(lines[6:]))
+    (folder / "held_out.jsonl").write_text("\n".join(lines[:6]))
+    if not (folder / "backbone").exists():
+        save_backbone("llama", folder / "backbone")
+    adapter = "rank = 4\ndropout = 0.1" if method == "lora" else f'method = "{method}"'
+    (folder / "run.toml").write_text(f"""
+output = "{folder}/adapters/colours"
+[backbone]
+source = "{folder}/backbone"
+quantization = "{quantization}"
+cache_dir = "{folder}/cache"
+[adapter]
+{adapter}
+[data]
+train = ["{folder}/train.jsonl"]
+held_out = ["{folder}/held_out.jsonl"]
+[training]
+max_steps = {steps}
+batch_size = 7
+learning_rate = 2e-3
+num_threads = 1
+[evaluate]
+generate_examples = 2
+max_new_tokens = 2
+[checkpoint]
+every_steps = 2
+""")
+    return folder / "run.toml"
+
+
+def start(
+    file: Path, *overrides: str, resume: bool = False, prepare: Callable[..., None] | None = None, argument: Any = None
+) -> BaseProcess:
+    """`trainer run` in a new process; `prepare(argument)` is called in it before."""
+    process = _CONTEXT.Process(target=_train, args=(file, overrides, resume, prepare, argument))
+    process.start()
+    return process
+
+
+def finish(file: Path, *overrides: str, **options: Any) -> int:
+    """Exit status of a run: 0, 1 with its error in `<file>.error`, or minus the signal that killed it."""
+    process = start(file, *overrides, **options)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def curve(file: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step of a finished run."""
+    record = json.loads((file.parent / "adapters/colours/polyhead_metrics.json").read_text())
+    return [(step["loss"], step["grad_norm"]) for step in record["curve"]]
+
+
+def _train(
+    file: Path, overrides: tuple[str, ...], resume: bool, prepare: Callable[..., None] | None, argument: Any
+) -> None:
+    from rich.console import Console
+
+    from polyhead_core.errors import PolyheadError
+    from polyhead_trainer.config import load_config
+    from polyhead_trainer.run import run
+
+    if prepare is not None:
+        prepare(argument)
+    try:
+        run(load_config(file, overrides), Console(quiet=True), resume=resume)
+    except PolyheadError as error:
+        file.with_suffix(".error").write_text(f"{type(error).__name__}: {error.message}")
+        raise SystemExit(1) from error
+
+
+def die_at_disk_call(number: int) -> None:
+    """Kills this process at its number-th fsync, rename or mkdir: between any two things that reach the disk."""
+    count = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def limit_file_size(num_bytes: int) -> None:
+    """Files cannot grow beyond this: what a full disk does to a writer."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def kill_after(process: BaseProcess, seconds: float) -> None:
+    time.sleep(seconds)
+    process.kill()
+    process.join()
