@@ -21,8 +21,10 @@ _CONTEXT.set_forkserver_preload(["polyhead_trainer.run", "trainer_processes"])
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "sky": "blue", "lemon": "yellow"}
 
 
-def write_run(folder: Path, *, method: str = "lora", quantization: str = "int8", steps: int = 12) -> Path:
-    """A configuration with its data and tiny backbone in `folder`; the adapter's dropout is on."""
+def write_run(
+    folder: Path, *, method: str = "lora", quantization: str = "int8", steps: int = 12, dropout: float = 0.1
+) -> Path:
+    """A configuration with its data and tiny backbone in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"prompt": f"Colour of {thing}, {number}:", "completion": f" {colour}" * (1 + number % 3)})
@@ -33,7 +35,7 @@ def write_run(folder: Path, *, method: str = "lora", quantization: str = "int8",
     (folder / "held_out.jsonl").write_text("\n".join(lines[:6]))
     if not (folder / "backbone").exists():
         save_backbone("llama", folder / "backbone")
-    adapter = "rank = 4\ndropout = 0.1" if method == "lora" else f'method = "{method}"'
+    adapter = f"rank = 4\ndropout = {dropout}" if method == "lora" else f'method = "{method}"'
     (folder / "run.toml").write_text(f"""
 output = "{folder}/adapters/colours"
 [backbone]

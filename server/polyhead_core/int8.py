@@ -56,6 +56,8 @@ class Int8Linear(nn.Linear):
         self.register_buffer("outlier_columns", None)
         self.register_buffer("outlier_weight", None, persistent=False)
         self._packed: dispatch.PackedLinear | None = None
+        self.keeps_packed = True
+        """Whether the packed form outlives a product. Not where `weight` comes and goes in shards."""
 
     @classmethod
     def from_weight(
@@ -109,6 +111,8 @@ class Int8Linear(nn.Linear):
 
     def packed(self) -> dispatch.PackedLinear | None:
         """The layer as the CPU's kernels read it, made on first use beside `weight`; None where there are none."""
+        if not self.keeps_packed:
+            return self._pack(lasting=False)
         if self._packed is None:
             self._packed = self._pack(lasting=False)
         return self._packed

@@ -2,4 +2,6 @@
 
 from polyhead_trainer.cli import main
 
-main()
+# Ranks that the launcher starts import this module under another name.
+if __name__ == "__main__":
+    main()

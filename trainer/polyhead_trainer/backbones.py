@@ -17,6 +17,18 @@ HUB_NAMES = {"default": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What peft's `base_model_name_or_path` says for backbones that are not named by themselves."""
 
 
+def on_host(settings: BackboneSection) -> BackboneSection:
+    """The same weights, left on the host until each rank has taken its part of them.
+
+    There they are pages of their file, which all ranks of a host share: none of them holds the whole model by itself,
+    as long as the file has the weights in the type that they are used in.
+    """
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if settings.device == "cpu" else "bfloat16"
+    return settings.model_copy(update={"device": "cpu", "dtype": dtype})
+
+
 def load(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
     if settings.quantization == "llm.int8":

@@ -41,6 +41,7 @@ def run(
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the output directory.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, if there is one.")] = False,
+    nproc: Annotated[int, typer.Option(help="Processes on this machine that share the work ([parallel]).", min=1)] = 1,
 ) -> None:
     """Trains one adapter and shows the same held-out examples before and after."""
     from rich.console import Console
@@ -48,7 +49,12 @@ def run(
     from polyhead_trainer.config import load_config
 
     loaded = load_config(config, set_)
-    _quiet_libraries()
+    quiet_libraries()
+    if nproc > 1:
+        from polyhead_trainer.parallel.launch import launch
+
+        launch(loaded, nproc, overwrite=overwrite, resume=resume)
+        return
     from polyhead_trainer.run import run as run_config
 
     run_config(loaded, Console(), overwrite=overwrite, resume=resume)
@@ -73,7 +79,7 @@ def convert(
     ] = None,
 ) -> None:
     """Converts a backbone: Meta's Llama layout to Hugging Face's and back, GGUF to Hugging Face's, any to int8."""
-    _quiet_libraries()
+    quiet_libraries()
     from polyhead_trainer.convert.run import convert as convert_backbone
 
     remarks = convert_backbone(
@@ -112,7 +118,7 @@ def merge(
     dtype: Annotated[FloatType, typer.Option(help="Of the written weights; merged is in float32.")] = FloatType.FLOAT32,
 ) -> None:
     """Merges an adapter into a float copy of its backbone: a directory that transformers loads without peft."""
-    _quiet_libraries()
+    quiet_libraries()
     from polyhead_trainer.merge import merge as merge_adapter
 
     merged = merge_adapter(adapter, out, backbone=backbone, dtype=dtype.value)
@@ -133,7 +139,7 @@ def evaluate(
     from polyhead_trainer.reevaluate import read_subject
 
     read = [read_subject(subject, set_) for subject in subjects]
-    _quiet_libraries()
+    quiet_libraries()
     from polyhead_trainer.reevaluate import measure, print_measured
 
     measured = [measure(subject) for subject in read]
@@ -157,7 +163,7 @@ def estimate(
     from polyhead_trainer.config import load_config
 
     loaded = load_config(config, set_)
-    _quiet_libraries()
+    quiet_libraries()
     from polyhead_trainer.estimate import estimate as estimate_run
 
     parts = estimate_run(loaded, nproc=nproc).parts()
@@ -217,7 +223,7 @@ def demo_data(
         typer.echo(line)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keeps advice meant for the authors of our dependencies away from those who run a training."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")

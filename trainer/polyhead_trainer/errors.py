@@ -7,6 +7,7 @@ PolyheadError
 ├── CheckpointExists   an unfinished run is there and `--resume` was not given
 ├── ResumeRefused      what is to be continued is another run: names what changed
 ├── StorageFailed      a checkpoint or the output could not be written: disk full, no permission
+├── RankFailed         one of several processes died; the others were stopped
 ├── ConversionError    a checkpoint that cannot be converted: what was given, what was expected
 ├── MergeRefused       an adapter that cannot be merged into this backbone
 ├── TrainingDiverged   the loss is not a number any more
@@ -36,6 +37,10 @@ class ResumeRefused(PolyheadError):
 
 class StorageFailed(PolyheadError):
     reason = "STORAGE_FAILED"
+
+
+class RankFailed(PolyheadError):
+    reason = "RANK_FAILED"
 
 
 class ConversionError(PolyheadError):

@@ -54,7 +54,7 @@ class Evaluator:
     general_ids: list[int]
     max_new_tokens: int
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
     def measure(self, model: torch.nn.Module) -> Measures:
         model.eval()
         loss, accuracy = self._held_out(model)

@@ -17,6 +17,7 @@ from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.methods import Tuned, trained_parameters
 from polyhead_trainer.objectives import Objective
+from polyhead_trainer.parallel import Parallel, Ranks, clip_grad_norm, micro_batches
 from polyhead_trainer.schedule import count_steps, learning_rate_factor
 
 
@@ -45,8 +46,14 @@ class TrainingLoop:
     """Owns the optimizer and the position in the data; what else a run does at its steps is done by hooks."""
 
     def __init__(
-        self, tuned: Tuned, objective: Objective, examples: Sequence[EncodedExample], settings: TrainingSection
+        self,
+        tuned: Tuned,
+        objective: Objective,
+        examples: Sequence[EncodedExample],
+        settings: TrainingSection,
+        parallel: Parallel | None = None,
     ) -> None:
+        """`parallel`: the tuned model on its ranks; all ranks get all examples, and take their share of each step."""
         self.tuned = tuned
         self.settings = settings
         self.num_steps = count_steps(settings, len(examples))
@@ -56,6 +63,7 @@ class TrainingLoop:
         self.optimizer = torch.optim.AdamW(tuned.parameter_groups(settings), weight_decay=settings.weight_decay)
         for group in self.optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+        self._parallel = parallel or Parallel(Ranks(), tuned.model)
         self._objective = objective
         self._examples = examples
         self._parameters = list(trained_parameters(tuned.model).values())
@@ -86,12 +94,12 @@ class TrainingLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
-        loss = accumulate_gradients(self.tuned.model, self._objective, chosen, micro_batch_size)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
-        if not math.isfinite(loss) or not torch.isfinite(norm):
+        loss = accumulate_gradients(self._parallel, self._objective, chosen, micro_batch_size)
+        norm = clip_grad_norm(self._parameters, self.settings.max_grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
             origins = ", ".join(example.example.origin for example in chosen)
             raise TrainingDiverged(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm.item()}: not a number any more; try a smaller "
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not a number any more; try a smaller "
                 f"training.learning_rate; the step's examples: {origins}"
             )
         self.optimizer.step()
@@ -102,7 +110,7 @@ class TrainingLoop:
             num_steps=self.num_steps,
             loss=loss,
             learning_rate=self.settings.learning_rate * factor,
-            grad_norm=norm.item(),
+            grad_norm=norm,
             num_tokens=sum(len(example) for example in chosen),
             num_labels=sum(example.num_labels for example in chosen),
             seconds=time.perf_counter() - started,
@@ -110,17 +118,23 @@ class TrainingLoop:
 
 
 def accumulate_gradients(
-    model: nn.Module, objective: Objective, examples: Sequence[EncodedExample], micro_batch_size: int
+    model: nn.Module | Parallel, objective: Objective, examples: Sequence[EncodedExample], micro_batch_size: int
 ) -> float:
     """Adds the gradient of the mean loss over all units (label tokens) of `examples`; returns that loss.
 
-    Every micro-batch is weighted by its units and not by its examples, so the result is the large batch's.
+    Every micro-batch is weighted by its units and not by its examples, so the result is the large batch's, on whatever
+    number of ranks. `micro_batch_size` is a rank's.
     """
-    device = next(model.parameters()).device
+    parallel = model if isinstance(model, Parallel) else Parallel(Ranks(), model)
+    ranks = parallel.ranks
+    device = ranks.device if ranks.size > 1 else next(parallel.model.parameters()).device
     num_units = objective.num_units(examples)
     total = torch.zeros((), device=device)
-    for start in range(0, len(examples), micro_batch_size):
-        loss = objective.loss_sum(model, examples[start : start + micro_batch_size], device) / num_units
-        loss.backward()
+    parts = micro_batches(examples, micro_batch_size, ranks)
+    for number, (part, weight) in enumerate(parts, start=1):
+        with parallel.accumulating(last=number == len(parts)):
+            loss = objective.loss_sum(parallel.model, part, device) * (weight / num_units)
+            # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
+            (loss * ranks.size).backward()
         total += loss.detach()
-    return total.item()
+    return ranks.sum(total.item())

@@ -111,7 +111,10 @@ class RunRecord:
     train_seconds: float
     total_seconds: float
     peak_memory_bytes: int
-    """Of the process (with a GPU: of its memory), evaluation included."""
+    """Of the process (with a GPU: of its memory), evaluation included; with several ranks, of the main one."""
+    num_ranks: int = 1
+    rank_bytes: dict[str, dict[str, int]] | None = None
+    """With several ranks: `held` by the main rank in its first step, and what a `replica` of DDP holds."""
 
     def to_json(self) -> str:
         record: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

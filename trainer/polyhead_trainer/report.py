@@ -56,6 +56,15 @@ def print_plan(
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def _rank_bytes(record: RunRecord, rank_bytes: dict[str, dict[str, int]]) -> Table:
+    held, replica = rank_bytes["held"], rank_bytes["replica"]
+    strategy = record.config.parallel.strategy
+    table = Table("bytes", strategy, "a replica", title=f"held by one of {record.num_ranks} ranks")
+    for name, num_bytes in held.items():
+        table.add_row(name, f"{num_bytes:,}", f"{replica[name]:,}")
+    return table
+
+
 def print_outcome(console: Console, record: RunRecord) -> None:
     table = Table(
         "measure", "backbone", "tuned", title=f"{record.config.title or record.config.output.name}: before, after"
@@ -63,6 +72,8 @@ def print_outcome(console: Console, record: RunRecord) -> None:
     for row in comparison(record.before, record.after):
         table.add_row(*row)
     console.print(table)
+    if record.rank_bytes:
+        console.print(_rank_bytes(record, record.rank_bytes))
     show = record.config.evaluate.show
     if show and record.questions:
         console.print(_answers(record, show))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from torch._C._distributed_c10d import Store
 
 from polyhead_trainer import backbones, evaluate, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, restore
@@ -16,7 +17,8 @@ from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.objectives import CompletionObjective
-from polyhead_trainer.parallel import Ranks
+from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
+from polyhead_trainer.parallel.memory import RankMemoryMeter
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters
@@ -29,10 +31,25 @@ class RunResult:
     content_hash: str
 
 
-def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume: bool = False) -> RunResult:
-    """Raises PolyheadError for everything that the user can mend."""
+def run(
+    config: RunConfig,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    store: Store | None = None,
+) -> RunResult:
+    """Raises PolyheadError for everything that the user can mend.
+
+    Where the environment names other ranks, this is one of them: they meet at `store`, or as torchrun says.
+    """
+    with joined(config.backbone.device, config.parallel.timeout_s, store) as ranks:
+        return _run(config, console if ranks.is_main else Console(quiet=True), ranks, overwrite, resume)
+
+
+def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, resume: bool) -> RunResult:
     started = time.perf_counter()
-    ranks = Ranks()
+    check_possible(config, ranks)
     check_output(config.output, overwrite)
     checkpoints = CheckpointDirectory(config.output)
     if not resume:
@@ -40,7 +57,8 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume:
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
 
-    backbone = backbones.load(config.backbone)
+    with ranks.main_first():  # which converts the backbone, if that has not been done
+        backbone = backbones.load(config.backbone if ranks.size == 1 else backbones.on_host(config.backbone))
     tokenizer = backbone.tokenizer
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     train_data = load_examples(config.data.train, tokenizer, config.data.max_length)
@@ -53,7 +71,8 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume:
     tuned = methods.tune(backbone, config.adapter, config.training.seed)
     data_facts = DataFacts.of(config, train_data, held_out)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
-    loop = TrainingLoop(tuned, CompletionObjective(pad_id), train_data.examples, config.training)
+    parallel = parallelize(tuned.model, config.parallel, ranks)
+    loop = TrainingLoop(tuned, CompletionObjective(pad_id), train_data.examples, config.training, parallel)
     report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
 
     identity = RunIdentity.of(config, data_facts, facts)
@@ -70,10 +89,11 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume:
             saved = SavedRun(identity=identity, before=evaluator.measure(tuned.model), hooks={})
     before = saved.before
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
+    memory = RankMemoryMeter(tuned.model, loop.optimizer)
     train_started = time.perf_counter()
     try:
         with progress:
-            loop.run([progress, checkpointer])
+            loop.run([progress, memory, checkpointer])
         checkpointer.wait()
     finally:
         checkpointer.close()
@@ -93,12 +113,18 @@ def run(config: RunConfig, console: Console, *, overwrite: bool = False, resume:
         references=[item.example.reference for item in evaluator.answered],
         train_seconds=train_seconds,
         total_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(backbone.device),
+        peak_memory_bytes=peak_memory_bytes(backbone.device if ranks.size == 1 else ranks.device),
+        num_ranks=ranks.size,
+        rank_bytes=memory.as_dict() if ranks.size > 1 else None,
     )
     kept = f"the trained state is in {latest}: --resume" if (latest := checkpoints.latest()) else "nothing was kept"
-    with writing(config.output, kept):
-        content = publish(tuned, record, overwrite=overwrite)
-    checkpoints.remove()
+    content = ""
+    gather_trained(tuned.model, ranks)
+    if ranks.is_main:
+        with writing(config.output, kept):
+            content = publish(tuned, record, overwrite=overwrite)
+        checkpoints.remove()
+    ranks.barrier()
     report.print_outcome(console, record)
     kind = "adapter" if tuned.is_adapter else "model"
     console.print(f"{kind} {config.output} ({content[:12]})", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from polyhead_trainer.config.sections import (
     CheckpointSection,
     DataSection,
     EvaluateSection,
+    ParallelSection,
     RunConfig,
     TrainingSection,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "EvaluateSection",
     "FullSettings",
     "LoraSettings",
+    "ParallelSection",
     "RunConfig",
     "TrainingSection",
     "known_settings",

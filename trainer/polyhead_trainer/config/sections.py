@@ -98,6 +98,26 @@ class CheckpointSection(Section):
     """Write while training goes on, from a copy in memory; otherwise the next step waits."""
 
 
+class ParallelSection(Section):
+    """How several processes share one run; a single one has no use for it."""
+
+    strategy: Literal["fsdp", "ddp"] = "fsdp"
+    """`fsdp`: parameters (frozen ones too), gradients and optimizer states in shards, one on each rank; `ddp`: all of
+    them whole on every rank."""
+    wrap: str | None = None
+    """fsdp: class of the layers that are gathered one at a time; unset: the class of the largest stack of layers."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """fsdp: type in which parameters are gathered and computed with; unset: their own. int8 stays int8."""
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """fsdp: type in which gradients are summed over the ranks; unset: that of the computation."""
+    output_dtype: Literal["float32", "bfloat16"] | None = None
+    """fsdp: type of what the model returns; unset: as computed."""
+    cpu_offload: bool = False
+    """fsdp on GPUs: shards, gradients and optimizer states stay in host memory, where the optimizer steps too."""
+    timeout_s: Positive = 1800
+    """How long a rank waits for the others before it gives up."""
+
+
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
@@ -109,3 +129,4 @@ class RunConfig(Section):
     training: TrainingSection
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()

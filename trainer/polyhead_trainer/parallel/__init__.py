@@ -1,5 +1,16 @@
-"""Several processes that train one model: who they are, how they start, and how they share the work."""
+"""Several processes that train one model: who they are, how they start, and how they share model and work."""
 
-from polyhead_trainer.parallel.ranks import Ranks
+from polyhead_trainer.parallel.apply import Parallel, check_possible, clip_grad_norm, gather_trained, parallelize
+from polyhead_trainer.parallel.ranks import Ranks, joined
+from polyhead_trainer.parallel.work import micro_batches
 
-__all__ = ["Ranks"]
+__all__ = [
+    "Parallel",
+    "Ranks",
+    "check_possible",
+    "clip_grad_norm",
+    "gather_trained",
+    "joined",
+    "micro_batches",
+    "parallelize",
+]

@@ -1,0 +1,99 @@
+"""What several ranks rest on, each part in one process: shares of work, layers to shard, int8 layers without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from polyhead_core.backbone import load_backbone
+from polyhead_core.errors import ConfigError
+from polyhead_core.int8 import Int8Linear
+from polyhead_trainer import methods
+from polyhead_trainer.config import LoraSettings, ParallelSection
+from polyhead_trainer.parallel import Ranks, gather_trained, micro_batches
+from polyhead_trainer.parallel.apply import _shard, layer_class
+from tiny import CONFIGS, save_backbone
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_examples", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_ranks_share_every_example_once_in_equally_many_micro_batches(
+    num_examples: int, size: int, num_ranks: int
+) -> None:
+    examples = list(range(num_examples))
+    shares = [micro_batches(examples, size, Ranks(rank=rank, size=num_ranks)) for rank in range(num_ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(item for share in shares for part, weight in share if weight for item in part) == examples
+    for part, weight in (entry for share in shares for entry in share):
+        assert 1 <= len(part) <= size
+        assert weight in (0.0, 1.0)
+
+
+def test_one_rank_cuts_as_it_always_did() -> None:
+    assert micro_batches("abcde", 2, Ranks()) == [(["a", "b"], 1.0), (["c", "d"], 1.0), (["e"], 1.0)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_layers_to_shard_are_found(kind: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    found = layer_class(model)
+    assert found.__name__ in model._no_split_modules
+    assert sum(type(module) is found for module in model.modules()) == CONFIGS[kind].num_hidden_layers
+
+
+def test_a_model_without_a_stack_asks_for_the_class() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"parallel\.wrap"):
+        layer_class(model)
+    assert layer_class(model, "Linear") is nn.Linear
+
+
+def test_an_int8_layer_that_keeps_no_packed_copy_follows_its_weight() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 64)
+    one, other = (Int8Linear.from_weight(torch.randn(32, 64)) for _ in range(2))
+    expected = other(x)
+    one.keeps_packed = False
+    one(x)
+    assert one._packed is None
+    one.weight.data, one.SCB = other.weight.data, other.SCB
+    assert torch.equal(one(x), expected), "the product must be of the weight that is there now"
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_int8_is_sharded_in_int8_computes_the_same_and_holds_nothing_back(tmp_path: Path) -> None:
+    directory = save_backbone("llama", tmp_path / "model")
+    backbone = load_backbone(str(directory), cache_dir=tmp_path / "cache")
+    tuned = methods.tune(backbone, LoraSettings(rank=4), seed=0)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        expected = tuned.model(input_ids=ids).logits  # leaves packed copies behind
+        before = {name: tensor.clone() for name, tensor in tuned.trained_state().items()}
+        _shard(tuned.model, ParallelSection(), Ranks())
+        layers = [module for module in tuned.model.modules() if isinstance(module, Int8Linear)]
+        assert {layer.weight.dtype for layer in layers} == {torch.int8}
+        assert all(isinstance(layer.weight, DTensor) for layer in layers)
+        torch.testing.assert_close(tuned.model(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-6)
+        assert all(layer._packed is None for layer in layers)
+        generated = tuned.model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+        assert generated.shape == (1, ids.shape[1] + 2)
+    gather_trained(tuned.model, Ranks())
+    after = tuned.trained_state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,158 @@
+"""Puts a tuned model onto its ranks: replicated (DDP) or in shards (FSDP2), and takes it back for publication."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from polyhead_core.errors import ConfigError
+from polyhead_core.int8 import Int8Linear
+from polyhead_trainer.config import ParallelSection, RunConfig
+from polyhead_trainer.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A model on its ranks."""
+
+    ranks: Ranks
+    model: nn.Module
+    """What a loss is computed with: the tuned model itself, or DDP around it."""
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: with DDP, gradients meet those of the other ranks in the last one of a step."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
+
+
+def check_possible(config: RunConfig, ranks: Ranks) -> None:
+    """Raises ConfigError for settings that cannot be had on several ranks."""
+    settings = config.parallel
+    if ranks.size == 1 or settings.strategy == "ddp":
+        return
+    if config.backbone.quantization == "llm.int8":
+        raise ConfigError(
+            "parallel.strategy = fsdp with backbone.quantization = llm.int8: bitsandbytes keeps state on its weights "
+            "that shards do not have ('Parameter' object has no attribute 'CB'); set backbone.quantization = int8, "
+            "which can be sharded, or parallel.strategy = ddp"
+        )
+    if settings.cpu_offload and ranks.device.type == "cpu":
+        raise ConfigError("parallel.cpu_offload = true needs backbone.device = cuda: on the CPU nothing is elsewhere")
+
+
+def parallelize(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> Parallel:
+    """In place, after the method has put its parameters in and before an optimizer sees them. Raises ConfigError."""
+    if ranks.size == 1:
+        return Parallel(ranks, model)
+    # The same numbers made the same initial weights on every rank; from here on each rank drops out what it will.
+    torch.manual_seed((torch.initial_seed() + 1_000_003 * ranks.rank) % 2**63)
+    if settings.strategy == "fsdp":
+        _shard(model, settings, ranks)
+        return Parallel(ranks, model)
+    model.to(ranks.device)
+    replicated = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
+    return Parallel(ranks, replicated)
+
+
+def _shard(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> None:
+    """Each decoder layer is gathered when it computes and given up after, forward and backward; what is outside of
+    layers (embedding, last norm, head, prompts) is the root's, and stays gathered from forward to backward.
+
+    Frozen weights are sharded like trained ones, int8 in int8. Buffers are not parameters: an Int8Linear's scales and
+    outlier columns are replicated, about 1 % of its weight.
+    """
+    layers = layer_class(model, settings.wrap)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=_dtype(settings.param_dtype), reduce_dtype=_dtype(settings.reduce_dtype))
+    offload = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            # A packed copy of every layer would be the whole model again, and outlive the gathered weight it is of.
+            module.keeps_packed = False
+            module.forget_packed()
+    for module in list(model.modules()):
+        if type(module) is layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    outermost = dataclasses.replace(policy, output_dtype=_dtype(settings.output_dtype))
+    fully_shard(model, mesh=mesh, mp_policy=outermost, offload_policy=offload)
+    if hasattr(model, "generate"):
+        # peft's generate goes past the root's own forward, whose hooks gather the embedding and the head.
+        register_fsdp_forward_method(model, "generate")
+
+
+def layer_class(model: nn.Module, wrap: str | None = None) -> type[nn.Module]:
+    """The class of the layers that hold attention and MLP: of the stack with most parameters, or the one named `wrap`.
+
+    Raises ConfigError.
+    """
+    if wrap is not None:
+        named = {type(module).__name__: type(module) for module in model.modules()}
+        if wrap not in named:
+            raise ConfigError(
+                f"parallel.wrap = {wrap}: the model has no such module; it has {', '.join(sorted(named))}"
+            )
+        return named[wrap]
+    stacks = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len({*map(type, module)}) == 1
+    ]
+    if not stacks:
+        raise ConfigError("no stack of equal layers is in the model: name the class to shard by in parallel.wrap")
+    return type(max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))[0])
+
+
+def gather_trained(model: nn.Module, ranks: Ranks) -> None:
+    """Makes the trained parameters whole again, on the main rank's CPU, for saving. The model is not called any more.
+
+    All ranks take part, one parameter after the other. Frozen parameters stay in shards: no method saves them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    whole: dict[int, nn.Parameter] = {}
+    for module, name, parameter in list(_parameters(model)):
+        if not isinstance(parameter, DTensor) or not parameter.requires_grad:
+            continue
+        if id(parameter) not in whole:
+            full: Tensor = parameter.full_tensor().cpu()
+            whole[id(parameter)] = nn.Parameter(full if ranks.is_main else torch.empty_like(full, device="meta"))
+        module._parameters[name] = whole[id(parameter)]
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """As torch.nn.utils.clip_grad_norm_, over shards as well; the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    found: torch.dtype | None = None if name is None else getattr(torch, name)
+    return found

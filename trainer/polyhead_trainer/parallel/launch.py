@@ -1,0 +1,83 @@
+"""`trainer run --nproc N`: starts the ranks on this machine, and ends them all when one of them ends badly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch._C._distributed_c10d import TCPStore
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
+
+from polyhead_core.errors import ConfigError, PolyheadError
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.errors import RankFailed
+
+HOST = "127.0.0.1"
+START_METHOD = "forkserver"
+"""One process imports the libraries, the ranks are its copies; it has used neither a GPU nor threads."""
+GRACE_S = 5.0
+"""How long ranks may take to end by themselves after another one has failed."""
+
+
+def launch(config: RunConfig, nproc: int, *, overwrite: bool, resume: bool) -> None:
+    """Runs `config` on `nproc` ranks. Raises what the first rank that failed raised, RankFailed where it just died."""
+    if "RANK" in os.environ:
+        raise ConfigError("--nproc inside of torchrun: it starts the ranks already; leave --nproc out")
+    multiprocessing.set_forkserver_preload(["polyhead_trainer.run"])
+    errors: SimpleQueue[PolyheadError] = multiprocessing.get_context(START_METHOD).SimpleQueue()
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    arguments = (nproc, store.port, config, overwrite, resume, errors)
+    context: Any = start_processes(_rank, arguments, nprocs=nproc, join=False, start_method=START_METHOD)
+    try:
+        while not context.join(grace_period=GRACE_S):
+            pass
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        if not errors.empty():
+            raise errors.get() from error
+        _raise_for_killed(context, config)
+        raise
+
+
+def _raise_for_killed(context: ProcessContext, config: RunConfig) -> None:
+    """The others then fail as well, with nobody to talk to: what counts is the one that was killed."""
+    for rank, process in enumerate(context.processes):
+        status = process.exitcode
+        if status is not None and status < 0 and status != -signal.SIGTERM:
+            cause = signal.Signals(-status).name
+            raise RankFailed(
+                f"rank {rank} of {len(context.processes)} was killed by {cause} (the system does so when memory runs "
+                "out); all ranks have been stopped. --resume continues after the last checkpoint "
+                f"in {config.output}.checkpoints"
+            )
+
+
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    config: RunConfig,
+    overwrite: bool,
+    resume: bool,
+    errors: SimpleQueue[PolyheadError],
+) -> None:
+    from polyhead_trainer.cli import EXIT_USER_ERROR, quiet_libraries
+    from polyhead_trainer.run import run
+
+    quiet_libraries()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if config.backbone.device == "cpu" and not config.training.num_threads:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    store = TCPStore(HOST, port, is_master=False)
+    try:
+        run(config, Console(), overwrite=overwrite, resume=resume, store=store)
+    except PolyheadError as error:
+        errors.put(error)
+        sys.exit(EXIT_USER_ERROR)
