@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -129,3 +130,39 @@ def kill_after(process: BaseProcess, seconds: float) -> None:
     time.sleep(seconds)
     process.kill()
     process.join()
+
+
+def own_memory_bytes() -> int:
+    """Of this process alone: without pages of files, which processes share."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
+def load_and_shard(rank: int, size: int, port: int, file: Path) -> None:
+    """A rank that loads and shards its model as a run does, and writes down the most memory that it had meanwhile."""
+    import torch
+    from torch._C._distributed_c10d import TCPStore
+
+    from polyhead_trainer import backbones, methods
+    from polyhead_trainer.config import load_config
+    from polyhead_trainer.parallel import joined, parallelize
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    config = load_config(file)
+    with joined("cpu", 60, TCPStore("127.0.0.1", port, is_master=False)) as ranks:
+        before = own_memory_bytes()
+        most, done = before, threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.001):
+                most = max(most, own_memory_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        tuned = methods.tune(backbones.load(backbones.on_host(config.backbone)), config.adapter, 0)
+        parallelize(tuned.model, config.parallel, ranks)
+        done.set()
+        watcher.join()
+    file.with_suffix(f".memory-{rank}").write_text(str(most - before))

@@ -7,19 +7,25 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import TCPStore
+from torch.multiprocessing.spawn import start_processes
 
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.config import load_config
+from polyhead_trainer.errors import RankFailed
 from polyhead_trainer.parallel import Ranks, check_possible
 from polyhead_trainer.parallel.launch import launch
-from trainer_processes import curve, finish, write_run
+from tiny import save_backbone
+from trainer_processes import curve, finish, load_and_shard, write_run
 
 KINDS = {"lora-float32": ("lora", "none"), "lora-int8": ("lora", "int8"), "full-float32": ("full", "none")}
 
@@ -131,6 +137,24 @@ def kill_a_rank_at(step: int, file: Path, *options: str) -> str:
     return errors
 
 
+def kill_a_rank_of_launch(step: int, file: Path, nproc: int) -> RankFailed:
+    """As kill_a_rank_at, of ranks that this process starts."""
+    directory = CheckpointDirectory(file.parent / "adapters/colours")
+    server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(launch, load_config(file), nproc, overwrite=False, resume=False)
+        while step not in directory.steps():
+            assert not running.done(), running.result()
+            time.sleep(0.01)
+        ranks = server.children()
+        assert len(ranks) == nproc
+        ranks[-1].kill()
+        with pytest.raises(RankFailed) as told:
+            running.result(timeout=30)
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    return told.value
+
+
 def whole_and_killed(tmp_path: Path, steps: int) -> list[Path]:
     files = [
         write_run(tmp_path / name, method="full", quantization="none", steps=steps, dropout=0.0)
@@ -145,10 +169,11 @@ def check_same_losses(whole: Path, killed: Path) -> None:
 
 
 def test_a_rank_that_dies_stops_all_and_twice_as_many_go_on(tmp_path: Path) -> None:
-    whole, killed = whole_and_killed(tmp_path, 20)
-    told = kill_a_rank_at(4, killed, "--nproc", "2")
+    whole, killed = whole_and_killed(tmp_path, 10)
+    told = kill_a_rank_of_launch(4, killed, 2).message
     assert "of 2 was killed by SIGKILL" in told
     assert "all ranks have been stopped. --resume continues after the last checkpoint" in told
+    assert not (killed.parent / "adapters/colours").exists()
     launch(load_config(killed), 4, overwrite=False, resume=True)
     check_same_losses(whole, killed)
 
@@ -156,7 +181,7 @@ def test_a_rank_that_dies_stops_all_and_twice_as_many_go_on(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_one_process_goes_on_where_four_stopped(tmp_path: Path) -> None:
     whole, killed = whole_and_killed(tmp_path, 40)
-    kill_a_rank_at(10, killed, "--nproc", "4")
+    assert "of 4 was killed by SIGKILL" in kill_a_rank_at(10, killed, "--nproc", "4")
     assert finish(killed, resume=True) == 0
     check_same_losses(whole, killed)
 
@@ -189,3 +214,18 @@ def test_what_cannot_be_sharded_is_refused_by_name(alone: dict[str, Path]) -> No
     offload = load_config(alone["lora-int8"], ["parallel.cpu_offload=true"])
     with pytest.raises(ConfigError, match="cpu_offload"):
         check_possible(offload, Ranks(size=2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    model = save_backbone("llama", tmp_path / "backbone", **shape) / "model.safetensors"
+    file = write_run(tmp_path, quantization="none")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start_processes(load_and_shard, (2, store.port, file), nprocs=2, start_method="forkserver")
+    whole = model.stat().st_size
+    for rank in range(2):
+        most = int(file.with_suffix(f".memory-{rank}").read_text())
+        print(f"rank {rank}: at most {most:,} bytes of its own, of a model of {whole:,}")
+        # Its half, and while a layer is cut into shards that layer.
+        assert most < whole * 0.7
