@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from test_trainer_run import configuration
 
-from polyhead_core.errors import ConfigError
 from polyhead_trainer import backbones, methods
 from polyhead_trainer.estimate import estimate
 
@@ -31,5 +30,12 @@ def test_smaller_micro_batches_need_fewer_activations(tmp_path: Path) -> None:
     half = estimate(configuration(tmp_path, "training.micro_batch_size=3"))
     assert half.activations < 0.6 * whole.activations
     assert half.weights == whole.weights
-    with pytest.raises(ConfigError, match="one process"):
-        estimate(configuration(tmp_path), nproc=2)
+
+
+def test_two_ranks_hold_half_and_gather_layers(tmp_path: Path) -> None:
+    whole, half = (estimate(configuration(tmp_path), nproc=nproc) for nproc in (1, 2))
+    assert half.optimizer == pytest.approx(whole.optimizer / 2, rel=0.01)
+    assert half.batch.num_rows == whole.batch.num_rows / 2
+    assert whole.gathered == 0 < half.gathered < whole.weights + whole.adapter
+    replica = estimate(configuration(tmp_path, "parallel.strategy=ddp"), nproc=2)
+    assert (replica.weights, replica.optimizer) == (whole.weights, whole.optimizer)

@@ -22,6 +22,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.config import load_config
 from polyhead_trainer.errors import RankFailed
+from polyhead_trainer.estimate import estimate
 from polyhead_trainer.parallel import Ranks, check_possible
 from polyhead_trainer.parallel.launch import launch
 from tiny import save_backbone
@@ -94,6 +95,10 @@ def test_ranks_compute_what_one_process_does(
     share = 1 if strategy == "ddp" else nproc
     for part in ("parameters", "gradients", "optimizer"):
         assert held[part] == pytest.approx(replica[part] / share, rel=0.02)
+    predicted = estimate(load_config(file, settings), nproc=nproc)
+    assert predicted.weights + predicted.adapter == pytest.approx(held["parameters"] + held["buffers"], rel=0.05)
+    assert predicted.gradients == pytest.approx(held["gradients"], rel=0.05)
+    assert predicted.optimizer == pytest.approx(held["optimizer"], rel=0.05)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks"]
 
 

@@ -153,7 +153,7 @@ def evaluate(
 def estimate(
     config: Annotated[Path, typer.Argument(help="TOML file, as for `trainer run`; its data are read.")],
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
-    nproc: Annotated[int, typer.Option(help="Processes; `trainer run` uses one today.", min=1)] = 1,
+    nproc: Annotated[int, typer.Option(help="Processes, as for `trainer run`: bytes are those of one.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predicts the bytes that a run needs, part by part, without loading the backbone's weights.

@@ -23,14 +23,14 @@ from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
 from polyhead_core.backbone.checkpoint import CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.load import empty_model, replace_module
-from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer import methods
 from polyhead_trainer.batching import steps
-from polyhead_trainer.config import BackboneSection, RunConfig
+from polyhead_trainer.config import BackboneSection, ParallelSection, RunConfig
 from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.evaluate import BATCH_SIZE, WINDOW_TOKENS
+from polyhead_trainer.parallel import Ranks, check_possible, layer_class, micro_batches
 from polyhead_trainer.schedule import count_steps
 
 FLOAT32_BYTES = 4
@@ -53,10 +53,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on one rank. Every rank holds all of it: `trainer run` trains on one process."""
+    """Bytes on one rank: with parallel.strategy = fsdp and several ranks, of its shards."""
 
     weights: int
     adapter: int
+    """What the method adds; of the weights that a full fine-tune trains there is no second copy."""
     gradients: int
     optimizer: int
     activations: int
@@ -65,15 +66,28 @@ class Estimate:
     """Of that micro-batch, their softmax and gradient included."""
     evaluation_logits: int
     """Of the largest evaluation batch, when gradients and optimizer states may be there as well."""
+    gathered: int = 0
+    """fsdp: what is whole while the model computes: what is outside of layers, and two layers, the next one being
+    gathered while one computes."""
     batch: MicroBatch
 
     def parts(self) -> dict[str, int]:
-        names = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "evaluation_logits", "peak")
-        return {name: getattr(self, name) for name in names}
+        names = (
+            "weights",
+            "adapter",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "evaluation_logits",
+            "gathered",
+            "peak",
+        )
+        return {name: getattr(self, name) for name in (*names, "peak")}
 
     @property
     def held(self) -> int:
-        return self.weights + self.adapter + self.optimizer
+        return self.weights + self.adapter + self.optimizer + self.gathered
 
     @property
     def training_peak(self) -> int:
@@ -86,37 +100,45 @@ class Estimate:
 
 def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     """Raises ConfigError, BackboneError, DataError."""
-    if nproc != 1:
-        raise ConfigError(
-            f"--nproc {nproc}: `trainer run` trains on one process, so that only --nproc 1 can be estimated"
-        )
+    check_possible(config, Ranks(size=nproc, device=torch.device(config.backbone.device)))
+    num_shards = nproc if config.parallel.strategy == "fsdp" else 1
     cache = config.backbone.cache_dir or default_cache_dir()
     directory = resolve_source(config.backbone.source, cache)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     train = load_examples(config.data.train, tokenizer, config.data.max_length).examples
     held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length).examples
-    batch = largest_micro_batch(config, train)
+    batch = largest_micro_batch(config, train, nproc)
     model = empty_backbone(directory, config.backbone)
-    weights = _num_bytes(model)
+    buffers = sum({id(buffer): buffer.nbytes for buffer in model.buffers()}.values())
+    untouched = _num_bytes(model)
+    weights = buffers + (untouched - buffers) // num_shards
     backbone = _as_backbone(model, directory, tokenizer, config)
     wrapped = methods.tune(backbone, config.adapter, config.training.seed).model
-    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    adapter = sum(parameter.nbytes for parameter in trainable)
+    trained = sum(parameter.nbytes for parameter in wrapped.parameters() if parameter.requires_grad) // num_shards
     vocabulary = int(model.config.vocab_size)
     return Estimate(
         weights=weights,
-        adapter=adapter,
-        gradients=adapter,
-        optimizer=ADAM_STATES * adapter,
+        adapter=(_num_bytes(wrapped) - untouched) // num_shards,
+        gradients=trained,
+        optimizer=ADAM_STATES * trained,
         activations=saved_bytes(wrapped, batch),
         logits=LOGIT_COPIES * batch.num_labels * vocabulary * FLOAT32_BYTES,
         evaluation_logits=EVALUATION_LOGIT_COPIES * _evaluation_rows(config, held_out) * vocabulary * FLOAT32_BYTES,
+        gathered=_gathered_bytes(wrapped, config.parallel) if num_shards > 1 else 0,
         batch=batch,
     )
 
 
-def largest_micro_batch(config: RunConfig, examples: list[EncodedExample]) -> MicroBatch:
-    """Of the batches that the run will really make, the one with most tokens."""
+def _gathered_bytes(model: nn.Module, settings: ParallelSection) -> int:
+    layers = [module for module in model.modules() if type(module) is layer_class(model, settings.wrap)]
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = {id(parameter): parameter.nbytes for parameter in model.parameters() if id(parameter) not in in_layers}
+    largest = max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers)
+    return sum(outside.values()) + min(2, len(layers)) * largest
+
+
+def largest_micro_batch(config: RunConfig, examples: list[EncodedExample], nproc: int = 1) -> MicroBatch:
+    """Of the batches that the run will really make, on any of its ranks, the one with most tokens."""
     settings = config.training
     plan = steps(
         examples,
@@ -125,7 +147,8 @@ def largest_micro_batch(config: RunConfig, examples: list[EncodedExample]) -> Mi
         num_steps=count_steps(settings, len(examples)),
     )
     size = settings.micro_batch_size or settings.batch_size
-    parts = (chosen[at : at + size] for chosen in plan for at in range(0, len(chosen), size))
+    ranks = [Ranks(rank=rank, size=nproc) for rank in range(nproc)]
+    parts = (part for chosen in plan for rank in ranks for part, _ in micro_batches(chosen, size, rank))
     largest = max(parts, key=lambda part: len(part) * max(map(len, part)))
     return MicroBatch(
         num_rows=len(largest),

@@ -1,6 +1,13 @@
 """Several processes that train one model: who they are, how they start, and how they share model and work."""
 
-from polyhead_trainer.parallel.apply import Parallel, check_possible, clip_grad_norm, gather_trained, parallelize
+from polyhead_trainer.parallel.apply import (
+    Parallel,
+    check_possible,
+    clip_grad_norm,
+    gather_trained,
+    layer_class,
+    parallelize,
+)
 from polyhead_trainer.parallel.ranks import Ranks, joined
 from polyhead_trainer.parallel.work import micro_batches
 
@@ -11,6 +18,7 @@ __all__ = [
     "clip_grad_norm",
     "gather_trained",
     "joined",
+    "layer_class",
     "micro_batches",
     "parallelize",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,16 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_trainer.config import ParallelSection, RunConfig
 from polyhead_trainer.parallel.ranks import Ranks
+
+
+class Replica(DistributedDataParallel):
+    """DDP that shows what the model inside has (its config, its base model), as a model in shards does by itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def parallelize(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> Pa
         _shard(model, settings, ranks)
         return Parallel(ranks, model)
     model.to(ranks.device)
-    replicated = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
+    replicated = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
     return Parallel(ranks, replicated)
 
 
