@@ -184,6 +184,15 @@ def test_a_rank_that_dies_stops_all_and_twice_as_many_go_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_as_many_ranks_go_on_bit_for_bit_with_dropout(tmp_path: Path) -> None:
+    whole, killed = (write_run(tmp_path / name, steps=8) for name in ("whole", "killed"))
+    launch(load_config(whole), 2, overwrite=False, resume=False)
+    kill_a_rank_of_launch(4, killed, 2)
+    launch(load_config(killed), 2, overwrite=False, resume=True)
+    assert curve(killed) == curve(whole)
+
+
+@pytest.mark.slow
 def test_one_process_goes_on_where_four_stopped(tmp_path: Path) -> None:
     whole, killed = whole_and_killed(tmp_path, 40)
     assert "of 4 was killed by SIGKILL" in kill_a_rank_at(10, killed, "--nproc", "4")

@@ -29,6 +29,9 @@ class CheckpointDirectory:
     def at(self, step: int) -> Path:
         return self.path / f"step-{step}"
 
+    def staging(self, step: int) -> Path:
+        return self.path / f"{_STAGING_PREFIX}{step}"
+
     def latest(self) -> Path | None:
         steps = self.steps()
         return self.at(steps[-1]) if steps else None
@@ -42,16 +45,14 @@ class CheckpointDirectory:
                 "to start anew"
             )
 
-    def stage(self, step: int) -> Path:
-        """An empty folder to fill; what a killed process left half written goes."""
+    def stage(self, step: int) -> None:
+        """Makes the folder `staging(step)` to be filled; what a killed process left half written goes."""
         self.discard_staging()
-        staging = self.path / f"{_STAGING_PREFIX}{step}"
-        staging.mkdir(parents=True)
-        return staging
+        self.staging(step).mkdir(parents=True)
 
     def commit(self, step: int, keep: int) -> None:
         """Shows the filled folder as `step-N` and removes the oldest ones beyond `keep`."""
-        staging = self.path / f"{_STAGING_PREFIX}{step}"
+        staging = self.staging(step)
         sync_directory(staging)
         shutil.rmtree(self.at(step), ignore_errors=True)
         staging.rename(self.at(step))

@@ -125,10 +125,10 @@ class Checkpointer:
         step = loop.step
         hooks = {name: hook.state_dict() for name, hook in self._stateful.items()}
         saved = replace(self._run, step=step, num_ranks=self._ranks.size, hooks=hooks)
-        staging = self._directory.path / f".writing-{step}"
+        staging = self._directory.staging(step)
         with writing(self._directory.at(step), self._kept()):
             if self._ranks.is_main:
-                staging = self._directory.stage(step)
+                self._directory.stage(step)
                 write_durably(staging / STATE_FILE, saved.to_json())
             self._ranks.barrier()
             future = async_save(
