@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import steps
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.data import EncodedExample
@@ -75,6 +76,11 @@ class TrainingLoop:
     def run(self, hooks: Sequence[Hook]) -> None:
         """Trains in place from `step` on. Raises TrainingDiverged."""
         self.tuned.model.train()
+        with activation_checkpointing(self.tuned.model, self.settings):
+            self._run(hooks)
+        self.tuned.model.eval()
+
+    def _run(self, hooks: Sequence[Hook]) -> None:
         plan = steps(
             self._examples, batch_size=self.settings.batch_size, seed=self.settings.seed, num_steps=self.num_steps
         )
@@ -86,7 +92,6 @@ class TrainingLoop:
                 hook.after_step(self, report)
             if self.stopped_because is not None:
                 break
-        self.tuned.model.eval()
 
     def _step(self, chosen: Sequence[EncodedExample]) -> StepReport:
         started = time.perf_counter()

@@ -72,7 +72,8 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     data_facts = DataFacts.of(config, train_data, held_out)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
-    loop = TrainingLoop(tuned, CompletionObjective(pad_id), train_data.examples, config.training, parallel)
+    objective = CompletionObjective(pad_id, config.training.logit_chunk)
+    loop = TrainingLoop(tuned, objective, train_data.examples, config.training, parallel)
     report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
 
     identity = RunIdentity.of(config, data_facts, facts)

@@ -58,6 +58,14 @@ class TrainingSection(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    activation_checkpointing: Literal["none", "all", "selective"] = "none"
+    """Layers keep their input alone and are computed again in backward (all), or keep their products and attention and
+    compute the rest again (selective): memory for time, the same gradients."""
+    activation_checkpointing_every: Positive = 1
+    """Only every k-th layer is checkpointed."""
+    logit_chunk: Count = 2**25
+    """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
+    0: never in chunks."""
     seed: Count = 0
     """Of the adapter's initial weights, the dropout and the order of the data."""
     num_threads: Count = 0
