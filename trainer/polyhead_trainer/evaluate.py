@@ -69,6 +69,11 @@ class Evaluator:
             answers=answers,
         )
 
+    @torch.inference_mode()
+    def held_out_loss(self, model: torch.nn.Module) -> float:
+        """As `measure` gives it; `model` must be in evaluation mode."""
+        return self._held_out(model)[0]
+
     def _held_out(self, model: torch.nn.Module) -> tuple[float, float | None]:
         total, num_labels, num_right = 0.0, 0, 0
         for chunk in _by_length(self.held_out):

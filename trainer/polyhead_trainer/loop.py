@@ -17,7 +17,9 @@ from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.methods import Tuned, trained_parameters
+from polyhead_trainer.neftune import noisy_embeddings
 from polyhead_trainer.objectives import Objective
+from polyhead_trainer.optimizers import make_optimizer
 from polyhead_trainer.parallel import Parallel, Ranks, clip_grad_norm, micro_batches
 from polyhead_trainer.schedule import count_steps, learning_rate_factor
 
@@ -61,9 +63,7 @@ class TrainingLoop:
         self.step = 0
         """Optimizer steps done."""
         self.stopped_because: str | None = None
-        self.optimizer = torch.optim.AdamW(tuned.parameter_groups(settings), weight_decay=settings.weight_decay)
-        for group in self.optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+        self.optimizer = make_optimizer(tuned.parameter_groups(settings), settings)
         self._parallel = parallel or Parallel(Ranks(), tuned.model)
         self._objective = objective
         self._examples = examples
@@ -76,7 +76,10 @@ class TrainingLoop:
     def run(self, hooks: Sequence[Hook]) -> None:
         """Trains in place from `step` on. Raises TrainingDiverged."""
         self.tuned.model.train()
-        with activation_checkpointing(self.tuned.model, self.settings):
+        with (
+            activation_checkpointing(self.tuned.model, self.settings),
+            noisy_embeddings(self.tuned.model, self.settings.neftune_alpha),
+        ):
             self._run(hooks)
         self.tuned.model.eval()
 

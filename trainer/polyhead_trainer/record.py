@@ -105,6 +105,8 @@ class RunRecord:
     before: Measures
     after: Measures
     curve: list[StepReport]
+    held_out_curve: list[tuple[int, float]]
+    """(step, held-out loss) of the measurements while training."""
     questions: list[str]
     """What `before.answers` and `after.answers` answer."""
     references: list[str]

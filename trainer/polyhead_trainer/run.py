@@ -15,6 +15,7 @@ from polyhead_trainer import backbones, evaluate, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, restore
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
+from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
@@ -78,7 +79,8 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
 
     identity = RunIdentity.of(config, data_facts, facts)
     progress = TrainingProgress(console)
-    stateful = {"progress": progress}
+    watch = HeldOutWatch(evaluator, config.training, lambda line: console.print(line, highlight=False))
+    stateful = {"progress": progress, "held_out_watch": watch}
     latest = checkpoints.latest()
     if latest is not None:
         identity.check_continues(SavedRun.read(latest).identity, latest)
@@ -94,10 +96,14 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     train_started = time.perf_counter()
     try:
         with progress:
-            loop.run([progress, memory, checkpointer])
+            loop.run([progress, watch, memory, checkpointer])
         checkpointer.wait()
     finally:
         checkpointer.close()
+    if loop.stopped_because is not None:
+        console.print(f"stopped: {loop.stopped_because}", highlight=False, soft_wrap=True)
+    if watch.restore_best(tuned):
+        console.print(f"kept: the weights of step {watch.best_step}", highlight=False)
     train_seconds = saved.train_seconds + time.perf_counter() - train_started
     console.print("measuring the tuned model on the same examples")
     after = evaluator.measure(tuned.model)
@@ -110,6 +116,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         before=before,
         after=after,
         curve=progress.history,
+        held_out_curve=watch.losses,
         questions=[item.example.question for item in evaluator.answered],
         references=[item.example.reference for item in evaluator.answered],
         train_seconds=train_seconds,

@@ -50,12 +50,24 @@ class TrainingSection(Section):
     """Most examples in one forward pass; unset: batch_size. Smaller saves memory and changes no result."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up, to 0 (constant: not at all)."""
+    schedule: Literal["cosine", "linear", "constant", "cosine-with-min", "wsd", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up: cosine and linear to 0, constant not at all, cosine-with-min to
+    min_learning_rate, wsd stays and falls over the last steps, inverse-sqrt as 1 / sqrt(step)."""
+    min_learning_rate: Fraction = 0.1
+    """With schedule = cosine-with-min: where it ends, as a share of the peak."""
+    decay: Fraction = 0.1
+    """With schedule = wsd: share of the steps after the warm-up over which the rate falls to 0 at the end."""
     warmup: Fraction = 0.1
     """Share of the steps over which the learning rate rises linearly."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"] = "adamw"
+    """adamw-8bit: bitsandbytes' (states in 8 bits; on the CPU as well); paged-adamw-8bit: the same with states that
+    move to host memory under pressure (CUDA alone); adafactor: one row and one column of states for a matrix."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of the AdamW family: decay rates of the first and second moments."""
+    momentum: Fraction = 0.0
+    """Of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay (with sgd: added to the gradient)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     activation_checkpointing: Literal["none", "all", "selective"] = "none"
@@ -66,6 +78,15 @@ class TrainingSection(Section):
     logit_chunk: Count = 2**25
     """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
     0: never in chunks."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023; 5 there); 0: none."""
+    evaluate_every: Count = 0
+    """Steps between measurements of the held-out loss while training; 0: before and after alone."""
+    early_stopping_patience: Count = 0
+    """Training ends after this many measurements in a row without a new best held-out loss; 0: never early."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights a run ends with: the last step's, or those of the best measured held-out loss, of which a copy is
+    held in host memory. That choice makes the held-out loss a little too good."""
     seed: Count = 0
     """Of the adapter's initial weights, the dropout and the order of the data."""
     num_threads: Count = 0
@@ -75,6 +96,12 @@ class TrainingSection(Section):
     def _one_length(self) -> TrainingSection:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("exactly one of epochs and max_steps must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> TrainingSection:
+        if not self.evaluate_every and (self.early_stopping_patience or self.keep == "best"):
+            raise ValueError("early_stopping_patience and keep = best need evaluate_every: how often to measure")
         return self
 
 
