@@ -10,13 +10,20 @@ PolyheadError
 ├── RankFailed         one of several processes died; the others were stopped
 ├── ConversionError    a checkpoint that cannot be converted: what was given, what was expected
 ├── MergeRefused       an adapter that cannot be merged into this backbone
-├── TrainingDiverged   the loss is not a number any more
+├── TrainingDiverged   the loss is not a number any more: carries the step and its examples
+├── OutOfMemory        a run that does not fit: what it needs by part, and the settings that need less
 └── MissingExtra       a package of the `trainer` extra is not installed
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from polyhead_core.errors import PolyheadError
+
+if TYPE_CHECKING:
+    from polyhead_trainer.data import EncodedExample
 
 
 class DataError(PolyheadError):
@@ -53,6 +60,17 @@ class MergeRefused(PolyheadError):
 
 class TrainingDiverged(PolyheadError):
     reason = "TRAINING_DIVERGED"
+
+    def __init__(self, message: str, *, step: int, examples: Sequence[EncodedExample]) -> None:
+        super().__init__(message)
+        self.step = step
+        """From 1; not taken."""
+        self.examples = examples
+        """All of that step's."""
+
+
+class OutOfMemory(PolyheadError):
+    reason = "OUT_OF_MEMORY"
 
 
 class MissingExtra(PolyheadError):

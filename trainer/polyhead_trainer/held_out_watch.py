@@ -1,11 +1,11 @@
-"""Measures the held-out loss now and then while training: stops early, keeps the best weights. Shows and saves nothing."""
+"""Measures the held-out loss now and then while training: stops early, keeps the best weights. Saves nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class HeldOutLoss(Protocol):
 
 @dataclass
 class HeldOutWatch:
-    """Implements Hook. Without training.evaluate_every it does nothing."""
+    """Implements Hook and Stateful. Without training.evaluate_every it does nothing."""
 
     evaluator: HeldOutLoss
     settings: TrainingSection
@@ -55,9 +55,23 @@ class HeldOutWatch:
                 f"{self.best_step}, {loss:.4f} now"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "best_step": self.best_step, "best_loss": self.best_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = [(step, loss) for step, loss in state["losses"]]
+        self.best_step, self.best_loss = state["best_step"], state["best_loss"]
+
+    def tensors(self, loop: TrainingLoop) -> dict[str, Tensor]:
+        if self.settings.keep != "best":
+            return {}
+        if self._best_state is None:
+            self._best_state = copy_state(loop.tuned)
+        return self._best_state
+
     def restore_best(self, tuned: Tuned) -> bool:
         """Puts the best weights back, with training.keep = best; tells whether those were not the last ones."""
-        if self._best_state is None:
+        if self._best_state is None or not self.losses:
             return False
         restore_state(tuned, self._best_state)
         return self.best_step != self.losses[-1][0]

@@ -23,6 +23,9 @@ from polyhead_trainer.optimizers import make_optimizer
 from polyhead_trainer.parallel import Parallel, Ranks, clip_grad_norm, micro_batches
 from polyhead_trainer.schedule import count_steps, learning_rate_factor
 
+NAMED_EXAMPLES = 8
+"""Most examples that an error names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -105,11 +108,7 @@ class TrainingLoop:
         loss = accumulate_gradients(self._parallel, self._objective, chosen, micro_batch_size)
         norm = clip_grad_norm(self._parameters, self.settings.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            origins = ", ".join(example.example.origin for example in chosen)
-            raise TrainingDiverged(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not a number any more; try a smaller "
-                f"training.learning_rate; the step's examples: {origins}"
-            )
+            raise self._diverged(chosen, loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -124,6 +123,23 @@ class TrainingLoop:
             seconds=time.perf_counter() - started,
         )
 
+    def _diverged(self, chosen: Sequence[EncodedExample], loss: float, norm: float) -> TrainingDiverged:
+        """Names the examples whose loss alone is no number; where there are none, all of the step's."""
+        device = self._parallel.device
+        with torch.no_grad():
+            losses = [self._objective.loss_sum(self._parallel.model, [example], device).item() for example in chosen]
+        culprits = [example for example, loss in zip(chosen, losses, strict=True) if not math.isfinite(loss)]
+        named = [example.example.origin for example in culprits or chosen]
+        more = f" and {len(named) - NAMED_EXAMPLES} more" if len(named) > NAMED_EXAMPLES else ""
+        which = "no finite loss of their own" if culprits else "finite losses one by one"
+        return TrainingDiverged(
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not a number any more; try a smaller "
+            f"training.learning_rate; of its {len(chosen)} examples these have {which}: "
+            f"{', '.join(named[:NAMED_EXAMPLES])}{more}",
+            step=self.step + 1,
+            examples=chosen,
+        )
+
 
 def accumulate_gradients(
     model: nn.Module | Parallel, objective: Objective, examples: Sequence[EncodedExample], micro_batch_size: int
@@ -135,7 +151,7 @@ def accumulate_gradients(
     """
     parallel = model if isinstance(model, Parallel) else Parallel(Ranks(), model)
     ranks = parallel.ranks
-    device = ranks.device if ranks.size > 1 else next(parallel.model.parameters()).device
+    device = parallel.device
     num_units = objective.num_units(examples)
     total = torch.zeros((), device=device)
     parts = micro_batches(examples, micro_batch_size, ranks)

@@ -56,7 +56,8 @@ def _paged_adamw_8bit(groups: Groups, settings: TrainingSection) -> Optimizer:
             f"training.optimizer = paged-adamw-8bit moves states between a GPU and host memory, and the parameters are "
             f"on {', '.join(sorted(devices))}, where it would not page: use adamw-8bit, the same without pages"
         )
-    optimizer: Optimizer = cast(Any, optim).PagedAdamW8bit(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+    make = cast(Any, optim).PagedAdamW8bit
+    optimizer: Optimizer = make(groups, betas=settings.betas, weight_decay=settings.weight_decay)
     return optimizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from polyhead_trainer.loop import StepReport, TrainingLoop
 
@@ -52,6 +53,9 @@ class TrainingProgress:
         self.history = [StepReport(**report) for report in state["history"]]
         self._smoothed_loss = state["smoothed_loss"]
         self._num_before = len(self.history)
+
+    def tensors(self, loop: TrainingLoop) -> dict[str, Tensor]:
+        return {}
 
     @property
     def tokens_per_s(self) -> float:

@@ -41,6 +41,18 @@ def publish(tuned: Tuned, record: RunRecord, *, overwrite: bool) -> str:
     return identity
 
 
+def publish_last_good(tuned: Tuned, directory: Path, *, fingerprint: str, quantization: str) -> None:
+    """Writes an adapter without a record of a run, complete or not at all, over an earlier one of this kind."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        os.chmod(staging, 0o755)
+        tuned.save(staging, fingerprint=fingerprint, quantization=quantization)
+        check_output(directory, overwrite=True)
+        _replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _write(tuned: Tuned, record: RunRecord, directory: Path) -> str:
     os.chmod(directory, 0o755)
     identity = tuned.save(directory, fingerprint=record.backbone.fingerprint, quantization=record.backbone.quantization)

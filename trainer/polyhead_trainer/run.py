@@ -12,9 +12,11 @@ from rich.console import Console
 from torch._C._distributed_c10d import Store
 
 from polyhead_trainer import backbones, evaluate, methods, report
-from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, restore
+from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, Stateful, restore
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
+from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.objectives import CompletionObjective
@@ -80,7 +82,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     identity = RunIdentity.of(config, data_facts, facts)
     progress = TrainingProgress(console)
     watch = HeldOutWatch(evaluator, config.training, lambda line: console.print(line, highlight=False))
-    stateful = {"progress": progress, "held_out_watch": watch}
+    stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch}
     latest = checkpoints.latest()
     if latest is not None:
         identity.check_continues(SavedRun.read(latest).identity, latest)
@@ -93,11 +95,16 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     before = saved.before
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
+    last_good = LastGood(num_ranks=ranks.size)
     train_started = time.perf_counter()
     try:
         with progress:
-            loop.run([progress, watch, memory, checkpointer])
+            loop.run([progress, watch, memory, last_good, checkpointer])
         checkpointer.wait()
+    except TrainingDiverged as error:
+        if ranks.is_main:
+            raise keep_what_is_left(error, last_good, tuned, config.output, facts) from error
+        raise
     finally:
         checkpointer.close()
     if loop.stopped_because is not None:

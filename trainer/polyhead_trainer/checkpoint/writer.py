@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -36,6 +37,9 @@ class Stateful(Protocol):
         """As JSON can hold it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def tensors(self, loop: TrainingLoop) -> dict[str, Tensor]:
+        """What else it holds, by name: saved from these tensors, and loaded into them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +136,7 @@ class Checkpointer:
                 write_durably(staging / STATE_FILE, saved.to_json())
             self._ranks.barrier()
             future = async_save(
-                gather(loop, self._ranks.rank),
+                gather(loop, self._ranks.rank) | _tensors(loop, self._stateful),
                 storage_writer=FileSystemWriter(staging, single_file_per_rank=True, sync_files=True),
                 process_group=self._group,
                 no_dist=self._ranks.size == 1,
@@ -153,7 +157,7 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
     each rank goes on with numbers of its own, which matters to dropout alone. Raises ResumeRefused.
     """
     saved = SavedRun.read(checkpoint)
-    state = gather(loop, ranks.rank)
+    state = gather(loop, ranks.rank) | _tensors(loop, stateful)
     if saved.num_ranks != ranks.size:
         del state[f"random-{ranks.rank}"]
     load(state, checkpoint_id=checkpoint, no_dist=ranks.size == 1)
@@ -162,3 +166,7 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
     for name, hook in stateful.items():
         hook.load_state_dict(saved.hooks[name])
     return saved
+
+
+def _tensors(loop: TrainingLoop, stateful: Mapping[str, Stateful]) -> dict[str, Any]:
+    return {name: tensors for name, hook in stateful.items() if (tensors := hook.tensors(loop))}

@@ -46,6 +46,10 @@ class Parallel:
     model: nn.Module
     """What a loss is computed with: the tuned model itself, or DDP around it."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device if self.ranks.size > 1 else next(self.model.parameters()).device
+
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: with DDP, gradients meet those of the other ranks in the last one of a step."""
         if isinstance(self.model, DistributedDataParallel) and not last:

@@ -1,0 +1,121 @@
+"""Runs that fail: what is said, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from test_trainer_run import configuration, run_quietly
+
+import tiny
+from polyhead_core.adapter_directory import read_adapter_directory
+from polyhead_core.backbone import load_backbone
+from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.loop import StepReport, TrainingLoop
+from polyhead_trainer.run import run
+from polyhead_trainer.trained_state import copy_state
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, letter: str, first_bad_step: int) -> None:
+    """From a step on, the backbone's embedding of one letter is not a number."""
+    token = tiny.tokenizer()(letter)["input_ids"][0]
+    own_step = TrainingLoop._step
+
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        if self.step + 1 == first_bad_step:
+            with torch.no_grad():
+                self.tuned.model.get_input_embeddings().weight[token] = torch.nan  # type: ignore[operator]
+        return own_step(self, chosen)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+
+
+def test_a_diverged_run_leaves_its_batch_and_the_last_good_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, " ", first_bad_step=5)
+    after: list[dict[str, torch.Tensor]] = []
+    own_step = TrainingLoop._step
+
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        report = own_step(self, chosen)  # type: ignore[arg-type]
+        after.append(copy_state(self.tuned))
+        return report
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    config = configuration(tmp_path, "training.max_steps=8")
+    with pytest.raises(TrainingDiverged, match=r"step 5: loss nan.* not a number any more") as caught:
+        run_quietly(config)
+    message = caught.value.message
+
+    batch_file = config.output.with_name("colours.diverged.json")
+    batch = json.loads(batch_file.read_text())
+    assert str(batch_file) in message
+    assert batch["step"] == 5
+    assert [row["token_ids"] for row in batch["examples"]] == [one.token_ids for one in caught.value.examples]
+    assert all("train.jsonl:" in row["origin"] for row in batch["examples"])
+
+    assert not config.output.exists()
+    kept = config.output.with_name("colours.last-good")
+    assert f"the adapter after 3 steps, the last with a finite loss, is in {kept}" in message
+    assert read_adapter_directory(kept).quantization == "int8"
+    saved = load_file(kept / "adapter_model.safetensors")
+    # Step 4's loss was the last finite one, and its weights were those that three steps had made.
+    good = {name.replace(".default", ""): tensor for name, tensor in after[2].items()}
+    assert good.keys() == saved.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in good.items())
+    assert not all(torch.equal(after[3][name], tensor) for name, tensor in after[2].items())
+    backbone = load_backbone(config.backbone.source, cache_dir=config.backbone.cache_dir)
+    PeftModel.from_pretrained(backbone.model, str(kept))
+
+
+def test_a_run_that_diverges_at_once_says_that_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, " ", first_bad_step=1)
+    config = configuration(tmp_path)
+    with pytest.raises(TrainingDiverged, match="no earlier step had shown a finite loss"):
+        run_quietly(config)
+    assert [path.name for path in config.output.parent.iterdir()] == ["colours.diverged.json"]
+
+
+def test_the_message_names_the_examples_that_are_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(tmp_path, "training.max_steps=4", "training.batch_size=18")
+    poisoned(monkeypatch, "k", first_bad_step=3)
+    with pytest.raises(TrainingDiverged) as caught:
+        run_quietly(config)
+    lines = caught.value.message.split("these have no finite loss of their own: ")[1].split(";")[0].split(", ")
+    texts = (tmp_path / "train.jsonl").read_text().splitlines()
+    blamed = sorted(int(line.rpartition(":")[2]) for line in lines)
+    assert blamed == [number for number, text in enumerate(texts, 1) if "k" in text]
+    assert config.output.with_name("colours.last-good").is_dir()
+    assert "the adapter after 1 steps" in caught.value.message
+
+
+def test_a_second_failure_replaces_what_the_first_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(tmp_path, "training.max_steps=4", "training.batch_size=18")
+    poisoned(monkeypatch, "o", first_bad_step=3)
+    torch.manual_seed(0)
+    left = []
+    for seed in (0, 1):
+        with pytest.raises(TrainingDiverged):
+            run_quietly(config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})}))
+        left.append((config.output.parent / "colours.last-good" / "adapter_model.safetensors").read_bytes())
+    assert left[0] != left[1]
+    names = sorted(path.name for path in config.output.parent.iterdir())
+    assert names == ["colours.diverged.json", "colours.last-good"]
+
+
+def test_a_run_keeps_the_best_weights_and_says_so(tmp_path: Path) -> None:
+    how = {"max_steps": 3, "evaluate_every": 1, "keep": "best", "learning_rate": 0.3, "schedule": "constant"}
+    config = configuration(tmp_path, *(f"training.{name}={value}" for name, value in how.items()))
+    console = Console(record=True, width=200)
+    result = run(config, console)
+    losses = dict(result.record.held_out_curve)
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 3, "at this rate the last step is not the best, or this shows nothing"
+    assert result.record.after.held_out_loss == losses[best]
+    assert f"kept: the weights of step {best}" in console.export_text()
