@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ WINDOW_BATCHES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B examples padded on the right to T tokens."""
+    """B examples padded on the right to T tokens, or packed: one row (B = 1) of all of them, one after another."""
 
     token_ids_BT: Tensor
     attention_mask_BT: Tensor
@@ -26,6 +27,8 @@ class Batch:
     """True where the next token is learned."""
     targets_N: Tensor
     """Those next tokens, row by row."""
+    example_lengths: tuple[int, ...] = ()
+    """Tokens of each example in a packed row; empty: not packed."""
 
     @property
     def num_labels(self) -> int:
@@ -36,7 +39,8 @@ class Batch:
         return int(self.attention_mask_BT.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -67,18 +71,34 @@ def steps(
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
-    width = max(len(example) for example in examples)
-    token_ids_BT = torch.full((len(examples), width), pad_id)
-    attention_mask_BT = torch.zeros(len(examples), width, dtype=torch.long)
-    predicts_BT = torch.zeros(len(examples), width, dtype=torch.bool)
+    """One example a row."""
+    return _fill([[example] for example in examples], pad_id)
+
+
+def pack(examples: Sequence[EncodedExample]) -> Batch:
+    """All in one row, without padding. The model must know how to keep them apart: see `packing`."""
+    return replace(_fill([examples], pad_id=0), example_lengths=tuple(map(len, examples)))
+
+
+def _fill(rows: Sequence[Sequence[EncodedExample]], pad_id: int) -> Batch:
+    width = max(sum(map(len, row)) for row in rows)
+    token_ids_BT = torch.full((len(rows), width), pad_id)
+    attention_mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    predicts_BT = torch.zeros(len(rows), width, dtype=torch.bool)
     targets: list[int] = []
-    for row, example in enumerate(examples):
-        length = len(example)
-        token_ids_BT[row, :length] = torch.tensor(example.token_ids)
-        attention_mask_BT[row, :length] = 1
-        # The logits at position t predict token t + 1; nothing predicts the first token.
-        predicts_BT[row, : length - 1] = torch.tensor(example.is_label[1:], dtype=torch.bool)
-        targets += [token for token, label in zip(example.token_ids[1:], example.is_label[1:], strict=True) if label]
+    for row, shared in enumerate(rows):
+        start = 0
+        for example in shared:
+            end = start + len(example)
+            token_ids = torch.as_tensor(example.token_ids)
+            is_label = torch.as_tensor(example.is_label, dtype=torch.bool)
+            token_ids_BT[row, start:end] = token_ids
+            attention_mask_BT[row, start:end] = 1
+            # The logits at position t predict token t + 1; nothing predicts an example's first token, and what comes
+            # before it in a packed row least of all.
+            predicts_BT[row, start : end - 1] = is_label[1:]
+            targets += token_ids[1:][is_label[1:]].tolist()
+            start = end
     return Batch(
         token_ids_BT=token_ids_BT,
         attention_mask_BT=attention_mask_BT,

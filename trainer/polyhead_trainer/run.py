@@ -20,6 +20,7 @@ from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.objectives import CompletionObjective
+from polyhead_trainer.packing import prepare_packing
 from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
 from polyhead_trainer.parallel.memory import RankMemoryMeter
 from polyhead_trainer.progress import TrainingProgress
@@ -75,7 +76,9 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     data_facts = DataFacts.of(config, train_data, held_out)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
-    objective = CompletionObjective(pad_id, config.training.logit_chunk)
+    if config.training.packing:
+        prepare_packing(tuned.model, train_data.examples, pad_id)
+    objective = CompletionObjective(pad_id, config.training.logit_chunk, config.training.packing)
     loop = TrainingLoop(tuned, objective, train_data.examples, config.training, parallel)
     report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
 

@@ -48,6 +48,9 @@ class TrainingSection(Section):
     """Examples per optimizer step."""
     micro_batch_size: Positive | None = None
     """Most examples in one forward pass; unset: batch_size. Smaller saves memory and changes no result."""
+    packing: bool = False
+    """Lay the examples of a forward pass end to end, without padding and without one seeing another. Saves time and
+    changes no result; refused where the backbone or the method could not keep the examples apart."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "cosine-with-min", "wsd", "inverse-sqrt"] = "cosine"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyhead_trainer.batching import collate
+from polyhead_trainer.batching import collate, pack
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.objectives.chunked_loss import chunk_rows, chunked_loss_sum
 from polyhead_trainer.objectives.label_logits import label_logits
@@ -23,12 +23,14 @@ class CompletionObjective:
     pad_id: int
     logit_chunk: int = 0
     """Most logits held at once, as training.logit_chunk; 0: all."""
+    packing: bool = False
+    """Lay the examples of a micro-batch end to end instead of padding them; the loss is the same."""
 
     def num_units(self, examples: Sequence[EncodedExample]) -> int:
         return sum(example.num_labels for example in examples)
 
     def loss_sum(self, model: nn.Module, examples: Sequence[EncodedExample], device: torch.device) -> Tensor:
-        batch = collate(examples, self.pad_id).to(device)
+        batch = (pack(examples) if self.packing else collate(examples, self.pad_id)).to(device)
         vocabulary: int = cast(Any, model).config.vocab_size
         rows = chunk_rows(self.logit_chunk, batch.num_labels, vocabulary)
         if rows is not None:

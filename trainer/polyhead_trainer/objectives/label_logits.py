@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,24 @@ def label_logits(model: nn.Module, batch: Batch) -> Tensor:
 
     transformers gathers these positions before the LM head when `logits_to_keep` is a boolean mask: with short answers
     to long prompts most of the head's work and memory is saved, and the model's own forward stays in charge.
+
+    A packed row is for models that `packing.prepare_packing` has made ready.
     """
-    output = model(
-        input_ids=batch.token_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        use_cache=False,
-        logits_to_keep=batch.predicts_BT,
-    )
+    places = _packed_places(batch) if batch.example_lengths else {"attention_mask": batch.attention_mask_BT}
+    output = model(input_ids=batch.token_ids_BT, **places, use_cache=False, logits_to_keep=batch.predicts_BT)
     return cast(Tensor, output.logits).float()
+
+
+def _packed_places(batch: Batch) -> dict[str, Any]:
+    device = batch.token_ids_BT.device
+    positions = [torch.arange(length, device=device) for length in batch.example_lengths]
+    return {
+        # From 0 at every example: what rotary and learned positions go by.
+        "position_ids": torch.cat(positions).unsqueeze(0),
+        # Four dimensions say that the mask is made already; packed attention needs none.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "example_lengths": batch.example_lengths,
+    }
 
 
 def first_label_rows(batch: Batch) -> Tensor:
