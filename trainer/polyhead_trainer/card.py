@@ -20,12 +20,26 @@ def model_card(record: RunRecord) -> str:
         "## Before and after\n\nOn the same held-out examples.\n\n"
         + _table(("measure", "backbone", "tuned"), comparison(record.before, record.after)),
         _cost(record),
-        '## Use\n\n```python\nfrom polyhead_client import Client\n\nwith Client("127.0.0.1:50051") as client:\n'
-        f'    print(client.generate({_prompt(record)!r}, adapter="{name}", max_tokens='
-        f"{config.evaluate.max_new_tokens}).text)\n```\n\nOr with `peft.PeftModel.from_pretrained` on the backbone.",
+        _use(record),
         "## Made with\n\n" + ", ".join(f"{package} {version}" for package, version in package_versions().items()) + ".",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _use(record: RunRecord) -> str:
+    config, name = record.config, record.config.output.name
+    if config.adapter.method == "head":
+        return (
+            "## Use\n\nThe head alone is here: `polyhead_trainer.heads.load_head(backbone, directory)` puts it on the "
+            "backbone; the labels are in adapter_config.json, in the order of the scores."
+        )
+    if config.task != "completion":
+        return "## Use\n\nWith `peft.PeftModel.from_pretrained` on the backbone."
+    return (
+        '## Use\n\n```python\nfrom polyhead_client import Client\n\nwith Client("127.0.0.1:50051") as client:\n'
+        f'    print(client.generate({_prompt(record)!r}, adapter="{name}", max_tokens='
+        f"{config.evaluate.max_new_tokens}).text)\n```\n\nOr with `peft.PeftModel.from_pretrained` on the backbone."
+    )
 
 
 def _data(record: RunRecord) -> str:

@@ -100,6 +100,8 @@ class Estimate:
 
 def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     """Raises ConfigError, BackboneError, DataError."""
+    if config.task != "completion":
+        raise ConfigError(f"task = {config.task}: only runs with task = completion can be estimated")
     check_possible(config, Ranks(size=nproc, device=torch.device(config.backbone.device)))
     num_shards = nproc if config.parallel.strategy == "fsdp" else 1
     cache = config.backbone.cache_dir or default_cache_dir()

@@ -28,15 +28,19 @@ WINDOW_TOKENS = 512
 @dataclass(frozen=True, kw_only=True)
 class Measures:
     held_out_loss: float
-    """Mean negative log-probability of the held-out label tokens, in nats."""
-    exact_match: float | None
+    """Mean over the held-out label tokens (classification: texts; preferences: pairs) of the loss, in nats."""
+    exact_match: float | None = None
     """Share of the generated answers that equal the reference."""
-    chrf: float | None
+    chrf: float | None = None
     """chrF2 of the generated answers, 0 to 100."""
-    choice_accuracy: float | None
+    choice_accuracy: float | None = None
     """Share of the held-out examples whose right choice is the most likely one."""
-    general_perplexity: float | None
+    general_perplexity: float | None = None
     """Perplexity of the general text."""
+    accuracy: float | None = None
+    """Classification: share of the held-out texts that get their label."""
+    macro_f1: float | None = None
+    """Classification: mean of the labels' F1 scores."""
     answers: list[str]
     """To the first held-out examples."""
 
@@ -76,7 +80,7 @@ class Evaluator:
 
     def _held_out(self, model: torch.nn.Module) -> tuple[float, float | None]:
         total, num_labels, num_right = 0.0, 0, 0
-        for chunk in _by_length(self.held_out):
+        for chunk in by_length(self.held_out):
             batch = collate(chunk, self.pad_id).to(_device(model))
             logits_NV = label_logits(model, batch)
             total += F.cross_entropy(logits_NV, batch.targets_N, reduction="sum").item()
@@ -91,7 +95,7 @@ class Evaluator:
     def generate(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[str]:
         """Greedy answers, in the order of `examples`."""
         texts: dict[int, str] = {}
-        for chunk in _by_length(examples):
+        for chunk in by_length(examples):
             width = max(item.prompt_length for item in chunk)
             prompts = [item.token_ids[: item.prompt_length] for item in chunk]
             ids_BT = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in prompts])
@@ -162,7 +166,7 @@ def _general_ids(file: Path | None, num_tokens: int, tokenizer: PreTrainedTokeni
     return cast(list[int], ids)
 
 
-def _by_length(examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
+def by_length(examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
     ordered = sorted(examples, key=len)
     return [ordered[at : at + BATCH_SIZE] for at in range(0, len(ordered), BATCH_SIZE)]
 

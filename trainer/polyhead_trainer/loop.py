@@ -72,6 +72,10 @@ class TrainingLoop:
         self._examples = examples
         self._parameters = list(trained_parameters(tuned.model).values())
 
+    @property
+    def device(self) -> torch.device:
+        return self._parallel.device
+
     def stop(self, reason: str) -> None:
         """Ends the run after the current step."""
         self.stopped_because = reason
@@ -125,9 +129,8 @@ class TrainingLoop:
 
     def _diverged(self, chosen: Sequence[EncodedExample], loss: float, norm: float) -> TrainingDiverged:
         """Names the examples whose loss alone is no number; where there are none, all of the step's."""
-        device = self._parallel.device
         with torch.no_grad():
-            losses = [self._objective.loss_sum(self._parallel.model, [example], device).item() for example in chosen]
+            losses = [self._objective.loss_sum(self._parallel.model, [example], self.device).item() for example in chosen]
         culprits = [example for example, loss in zip(chosen, losses, strict=True) if not math.isfinite(loss)]
         named = [example.example.origin for example in culprits or chosen]
         more = f" and {len(named) - NAMED_EXAMPLES} more" if len(named) > NAMED_EXAMPLES else ""

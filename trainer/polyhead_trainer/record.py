@@ -96,6 +96,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_shared(model: nn.Module, other: nn.Module) -> int:
+    """Parameters of `model` that are `other`'s as well."""
+    shared = {id(parameter) for parameter in other.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) in shared)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     config: RunConfig

@@ -62,10 +62,9 @@ def read_subject(path: Path, overrides: Sequence[str]) -> Subject:
 
 def measure(subject: Subject) -> Measured:
     """Raises AdapterRejected and its kin, BackboneError, ConfigError, DataError."""
-    from peft import PeftModel
-
-    from polyhead_trainer import backbones, evaluate
+    from polyhead_trainer import backbones
     from polyhead_trainer.data import load_examples
+    from polyhead_trainer.tasks import open_task
 
     config = subject.config
     files = read_adapter_directory(subject.adapter.resolve())
@@ -75,16 +74,11 @@ def measure(subject: Subject) -> Measured:
             f"{subject.adapter} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
             f"{config.backbone.source!r} has {backbone.fingerprint}: name the right one with --set backbone.source=..."
         )
-    tokenizer = backbone.tokenizer
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length)
-    evaluator = evaluate.prepare(config.evaluate, held_out.examples, tokenizer, pad_id)
-    before = evaluator.measure(backbone.model)
-    try:
-        model = PeftModel.from_pretrained(backbone.model, str(subject.adapter))
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise AdapterMismatch(f"peft cannot put {subject.adapter} on {config.backbone.source!r}: {error}") from error
-    after = evaluator.measure(model)
+    task = open_task(config, backbone)
+    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
+    evaluator = task.evaluator(held_out.examples)
+    before = evaluator.measure(task.backbone.model)
+    after = evaluator.measure(task.reload(subject.adapter))
     return Measured(adapter=subject.adapter, content_hash=files.content_hash, before=before, after=after)
 
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from polyhead_trainer.evaluate import Measures
 
 FORMS = {
-    "held_out_loss": ("held-out loss (nats/token)", ".3f"),
+    "held_out_loss": ("held-out loss (nats)", ".3f"),
+    "accuracy": ("accuracy", ".1%"),
+    "macro_f1": ("macro-F1", ".3f"),
     "choice_accuracy": ("choice accuracy", ".1%"),
     "exact_match": ("exact match of answers", ".1%"),
     "chrf": ("chrF of answers", ".1f"),

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch._C._distributed_c10d import Store
 
-from polyhead_trainer import backbones, evaluate, methods, report
+from polyhead_trainer import backbones, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, Stateful, restore
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import check_disjoint, load_examples
@@ -19,14 +19,16 @@ from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
-from polyhead_trainer.objectives import CompletionObjective
+from polyhead_trainer.methods import Tuned
 from polyhead_trainer.packing import prepare_packing
 from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
 from polyhead_trainer.parallel.memory import RankMemoryMeter
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
-from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_shared
 from polyhead_trainer.storage import writing
+from polyhead_trainer.tasks import Evaluator, open_task
+from polyhead_trainer.tokens import padding_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,30 @@ def run(
         return _run(config, console if ranks.is_main else Console(quiet=True), ranks, overwrite, resume)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """All that is there before the first step."""
+
+    config: RunConfig
+    """With the labels that the data have."""
+    facts: BackboneFacts
+    data: DataFacts
+    trainable: TrainableFacts
+    tuned: Tuned
+    loop: TrainingLoop
+    evaluator: Evaluator
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    progress: TrainingProgress
+    watch: HeldOutWatch
+    memory: RankMemoryMeter
+    saved: SavedRun
+    """As the run began, or where it was continued."""
+    seconds: float
+
+
 def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, resume: bool) -> RunResult:
     started = time.perf_counter()
     check_possible(config, ranks)
@@ -61,30 +87,70 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
 
+    run = _prepare(config, ranks)
+    report.print_plan(console, run.config, run.facts, run.data, run.trainable, run.loop.num_steps)
+    trained = _train(run, checkpoints, console, ranks)
+    console.print("measuring the tuned model on the same examples")
+    after = run.evaluator.measure(run.tuned.model)
+
+    record = RunRecord(
+        config=run.config,
+        backbone=run.facts,
+        data=run.data,
+        trainable=run.trainable,
+        before=trained.saved.before,
+        after=after,
+        curve=trained.progress.history,
+        held_out_curve=trained.watch.losses,
+        questions=[item.example.question for item in run.evaluator.answered],
+        references=[item.example.reference for item in run.evaluator.answered],
+        train_seconds=trained.seconds,
+        total_seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(run.loop.device),
+        num_ranks=ranks.size,
+        rank_bytes=trained.memory.as_dict() if ranks.size > 1 else None,
+    )
+    content = _publish(run.tuned, record, checkpoints, ranks, overwrite)
+    report.print_outcome(console, record)
+    kind = "adapter" if run.tuned.is_adapter else "model"
+    console.print(f"{kind} {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
+    return RunResult(record=record, content_hash=content)
+
+
+def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     with ranks.main_first():  # which converts the backbone, if that has not been done
         backbone = backbones.load(config.backbone if ranks.size == 1 else backbones.on_host(config.backbone))
-    tokenizer = backbone.tokenizer
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    train_data = load_examples(config.data.train, tokenizer, config.data.max_length)
-    held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length)
-    check_disjoint(train_data.examples, held_out.examples)
-    evaluator = evaluate.prepare(config.evaluate, held_out.examples, tokenizer, pad_id)
+    task = open_task(config, backbone)
+    config = config.with_labels(task.labels)
+    train = load_examples(config.data.train, backbone.tokenizer, config.data.max_length, task.encode)
+    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
+    check_disjoint(train.examples, held_out.examples)
+    evaluator = task.evaluator(held_out.examples)
 
     facts = BackboneFacts.of(backbone)
-    num_untouched = count_parameters(backbone.model)
-    tuned = methods.tune(backbone, config.adapter, config.training.seed)
-    data_facts = DataFacts.of(config, train_data, held_out)
+    num_untouched = count_shared(task.backbone.model, backbone.model)
+    tuned = methods.tune(task.backbone, config.adapter, config.training.seed)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
     if config.training.packing:
-        prepare_packing(tuned.model, train_data.examples, pad_id)
-    objective = CompletionObjective(pad_id, config.training.logit_chunk, config.training.packing)
-    loop = TrainingLoop(tuned, objective, train_data.examples, config.training, parallel)
-    report.print_plan(console, config, facts, data_facts, trainable, loop.num_steps)
+        prepare_packing(tuned.model, train.examples, padding_id(backbone.tokenizer))
+    return _Prepared(
+        config=config,
+        facts=facts,
+        data=DataFacts.of(config, train, held_out),
+        trainable=trainable,
+        tuned=tuned,
+        loop=TrainingLoop(tuned, task.objective(tuned), train.examples, config.training, parallel),
+        evaluator=evaluator,
+    )
 
-    identity = RunIdentity.of(config, data_facts, facts)
+
+def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, ranks: Ranks) -> _Trained:
+    """From the first step, or from the latest checkpoint on."""
+    config, loop, tuned = run.config, run.loop, run.tuned
+    identity = RunIdentity.of(config, run.data, run.facts)
     progress = TrainingProgress(console)
-    watch = HeldOutWatch(evaluator, config.training, lambda line: console.print(line, highlight=False))
+    watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
     stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch}
     latest = checkpoints.latest()
     if latest is not None:
@@ -94,19 +160,18 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     else:
         console.print("measuring the backbone on the held-out examples")
         with tuned.baseline():
-            saved = SavedRun(identity=identity, before=evaluator.measure(tuned.model), hooks={})
-    before = saved.before
+            saved = SavedRun(identity=identity, before=run.evaluator.measure(tuned.model), hooks={})
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
     last_good = LastGood(num_ranks=ranks.size)
-    train_started = time.perf_counter()
+    started = time.perf_counter()
     try:
         with progress:
             loop.run([progress, watch, memory, last_good, checkpointer])
         checkpointer.wait()
     except TrainingDiverged as error:
         if ranks.is_main:
-            raise keep_what_is_left(error, last_good, tuned, config.output, facts) from error
+            raise keep_what_is_left(error, last_good, tuned, config.output, run.facts) from error
         raise
     finally:
         checkpointer.close()
@@ -114,39 +179,24 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         console.print(f"stopped: {loop.stopped_because}", highlight=False, soft_wrap=True)
     if watch.restore_best(tuned):
         console.print(f"kept: the weights of step {watch.best_step}", highlight=False)
-    train_seconds = saved.train_seconds + time.perf_counter() - train_started
-    console.print("measuring the tuned model on the same examples")
-    after = evaluator.measure(tuned.model)
+    seconds = saved.train_seconds + time.perf_counter() - started
+    return _Trained(progress=progress, watch=watch, memory=memory, saved=saved, seconds=seconds)
 
-    record = RunRecord(
-        config=config,
-        backbone=facts,
-        data=data_facts,
-        trainable=trainable,
-        before=before,
-        after=after,
-        curve=progress.history,
-        held_out_curve=watch.losses,
-        questions=[item.example.question for item in evaluator.answered],
-        references=[item.example.reference for item in evaluator.answered],
-        train_seconds=train_seconds,
-        total_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(backbone.device if ranks.size == 1 else ranks.device),
-        num_ranks=ranks.size,
-        rank_bytes=memory.as_dict() if ranks.size > 1 else None,
-    )
-    kept = f"the trained state is in {latest}: --resume" if (latest := checkpoints.latest()) else "nothing was kept"
+
+def _publish(
+    tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool
+) -> str:
+    """The identity of what was written, on the main rank; empty on the others."""
+    latest = checkpoints.latest()
+    kept = f"the trained state is in {latest}: --resume" if latest else "nothing was kept"
     content = ""
     gather_trained(tuned.model, ranks)
     if ranks.is_main:
-        with writing(config.output, kept):
+        with writing(record.config.output, kept):
             content = publish(tuned, record, overwrite=overwrite)
         checkpoints.remove()
     ranks.barrier()
-    report.print_outcome(console, record)
-    kind = "adapter" if tuned.is_adapter else "model"
-    console.print(f"{kind} {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
-    return RunResult(record=record, content_hash=content)
+    return content
 
 
 def peak_memory_bytes(device: torch.device) -> int:

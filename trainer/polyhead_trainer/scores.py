@@ -14,6 +14,14 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / len(references)
 
 
+def macro_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """Mean over all labels that are there or named of F1 = 2 hits / (named + there): sklearn's macro average."""
+    hits = Counter(f for f, w in zip(found, wanted, strict=True) if f == w)
+    named, there = Counter(found), Counter(wanted)
+    labels = named.keys() | there.keys()
+    return sum(2 * hits[label] / (named[label] + there[label]) for label in labels) / len(labels)
+
+
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF2 in 0..100: F-score (beta = 2) of character n-grams up to 6, white space left out (Popović 2015).
 

@@ -1,6 +1,6 @@
 """What one training run is: a TOML file, checked field by field. Knows no torch."""
 
-from polyhead_trainer.config.adapter import AdapterSettings, FullSettings, LoraSettings
+from polyhead_trainer.config.adapter import AdapterSettings, FullSettings, HeadSettings, LoraSettings
 from polyhead_trainer.config.load import known_settings, load_config, parse_config
 from polyhead_trainer.config.sections import (
     BackboneSection,
@@ -19,6 +19,7 @@ __all__ = [
     "DataSection",
     "EvaluateSection",
     "FullSettings",
+    "HeadSettings",
     "LoraSettings",
     "ParallelSection",
     "RunConfig",

@@ -53,7 +53,21 @@ class FullSettings(Section):
         return "every weight"
 
 
-METHODS: dict[str, type[LoraSettings] | type[FullSettings]] = {"lora": LoraSettings, "full": FullSettings}
+class HeadSettings(Section):
+    method: Literal["head"]
+    """A classification head on the frozen backbone, which reads the last token's hidden state."""
+    hidden: list[Positive] = []
+    """Widths of fully connected layers added between the backbone and the scores; empty: a linear head."""
+
+    def describe(self) -> str:
+        return "head" + "".join(f", added layer of {width}" for width in self.hidden)
+
+
+METHODS: dict[str, type[LoraSettings] | type[FullSettings] | type[HeadSettings]] = {
+    "lora": LoraSettings,
+    "full": FullSettings,
+    "head": HeadSettings,
+}
 
 
 def _method(values: Any) -> str:
@@ -61,7 +75,7 @@ def _method(values: Any) -> str:
 
 
 AdapterSettings = Annotated[
-    Annotated[LoraSettings, Tag("lora")] | Annotated[FullSettings, Tag("full")],
+    Annotated[LoraSettings, Tag("lora")] | Annotated[FullSettings, Tag("full")] | Annotated[HeadSettings, Tag("head")],
     Discriminator(
         _method,
         custom_error_type="unknown_method",

@@ -58,6 +58,8 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _explain(problem: ErrorDetails) -> str:
     path = [str(part) for part in problem["loc"]]
+    if not path:  # of the whole configuration: two sections that do not fit each other
+        return problem["msg"].removeprefix("Value error, ")
     if path[0] == "adapter" and len(path) > 1:
         method = path.pop(1)  # pydantic names the union's member too
         if problem["type"] == "extra_forbidden" and len(path) == 2:

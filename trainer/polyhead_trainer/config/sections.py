@@ -26,11 +26,14 @@ class BackboneSection(Section):
 
 class DataSection(Section):
     train: list[Path]
-    """JSONL files to learn from: {"prompt": ..., "completion": ...} or {"messages": [...]} on every line."""
+    """JSONL files to learn from: {"prompt": ..., "completion": ...} or {"messages": [...]} on every line; for
+    classification {"text": ..., "label": ...}, for preferences {"prompt": ..., "chosen": ..., "rejected": ...}."""
     held_out: list[Path]
     """JSONL files to measure on, before and after. No example may be in both."""
     max_length: Positive = 512
     """Examples of more tokens are left out, and counted."""
+    labels: list[str] = []
+    """For classification: every label, in the order of the scores; empty: those of `train`, the commonest first."""
     name: str = ""
     """The data's name, for the model card."""
     source: str = ""
@@ -159,6 +162,8 @@ class ParallelSection(Section):
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
+    task: Literal["completion", "classification"] = "completion"
+    """`completion`: texts that continue a prompt or a conversation; `classification`: one label for a text."""
     title: str = ""
     """What the adapter does, in one line, for the model card."""
     backbone: BackboneSection = BackboneSection()
@@ -168,3 +173,21 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+
+    def with_labels(self, labels: list[str]) -> RunConfig:
+        """The same run with its labels written down: who reloads its output needs no training data for them."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"labels": labels})})
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> RunConfig:
+        method = self.adapter.method
+        if method == "head" and self.task != "classification":
+            raise ValueError(f"adapter.method = head trains a classifier: set task = classification, not {self.task}")
+        if self.training.packing and self.task != "completion":
+            raise ValueError(f"training.packing works with task = completion, not {self.task}: leave it out")
+        if self.task == "classification" and self.evaluate.general_text is not None:
+            raise ValueError(
+                "evaluate.general_text measures a language model, and with task = classification there is none any "
+                "more: leave it out"
+            )
+        return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from polyhead_trainer.data.examples import EncodedExample, Example
+from polyhead_trainer.data.examples import EncodedExample, Example, Form
 from polyhead_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -13,12 +13,22 @@ if TYPE_CHECKING:
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> EncodedExample:
-    """Raises DataError for a conversation that the chat template does not lay out turn after turn."""
+    """Raises DataError for a record of another form, or a conversation that the chat template does not lay out turn
+    after turn."""
+    expect_form(example, "completion", "messages")
     pieces = _chat_pieces(example, tokenizer) if example.messages else _completion_pieces(example, tokenizer)
     token_ids = [token for ids, _ in pieces for token in ids]
     is_label = [label for ids, label in pieces for _ in ids]
     prompt_length = sum(len(ids) for ids, _ in pieces[:-1])
     return EncodedExample(example=example, token_ids=token_ids, is_label=is_label, prompt_length=prompt_length)
+
+
+def expect_form(example: Example, *forms: Form) -> None:
+    if example.form not in forms:
+        raise DataError(
+            f"{example.origin}: a record for {example.form}, where the task expects {' or '.join(forms)}: set `task`, "
+            "or give other data"
+        )
 
 
 def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:

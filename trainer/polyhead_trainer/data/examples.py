@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["completion", "messages", "classification", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One line of a file: a prompt with its completion, or a conversation that ends with the assistant's answer."""
+    """One record of a file, in one of four forms: prompt and completion, a conversation that ends with the assistant's
+    answer, a text (`prompt`) with its label (`completion`), or a prompt with a better and a worse completion."""
 
     origin: str
     """`file:line`, for messages."""
     prompt: str = ""
     completion: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    rejected: str = ""
+    """The worse completion; `completion` is the better one."""
+    form: Form = "completion"
 
     @property
     def reference(self) -> str:
@@ -46,7 +53,13 @@ class EncodedExample:
     def num_labels(self) -> int:
         return sum(self.is_label)
 
+    @property
+    def width(self) -> int:
+        """Tokens of its longest sequence: what `data.max_length` limits."""
+        return len(self.token_ids)
+
     def __len__(self) -> int:
+        """Tokens that a forward pass over it reads."""
         return len(self.token_ids)
 
 

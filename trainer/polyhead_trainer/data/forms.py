@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead_trainer.data.examples import Example
+from polyhead_trainer.data.examples import Example, Form
 from polyhead_trainer.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+TEXT_FORMS: dict[tuple[str, ...], Form] = {
+    ("prompt", "completion"): "completion",
+    ("text", "label"): "classification",
+    ("prompt", "chosen", "rejected"): "preference",
+}
+"""By the fields of a record, which are all texts."""
 
 
 def parse_record(record: Any, origin: str) -> Example:
@@ -15,14 +21,18 @@ def parse_record(record: Any, origin: str) -> Example:
     if not isinstance(record, dict):
         raise DataError(f"{origin}: expected an object, got {type(record).__name__}")
     if set(record) == {"messages"}:
-        return Example(origin=origin, messages=_messages(record["messages"], origin))
-    if set(record) != {"prompt", "completion"}:
-        raise DataError(
-            f'{origin}: expected the fields "prompt" and "completion", or "messages" alone; '
-            f"got {', '.join(map(repr, record)) or 'none'}"
-        )
-    prompt, completion = (_text(record[name], f"{origin}: {name}") for name in ("prompt", "completion"))
-    return Example(origin=origin, prompt=prompt, completion=completion)
+        return Example(origin=origin, messages=_messages(record["messages"], origin), form="messages")
+    for fields, form in TEXT_FORMS.items():
+        if set(record) == set(fields):
+            texts = [_text(record[name], f"{origin}: {name}") for name in fields]
+            if len(texts) == 3 and texts[1] == texts[2]:
+                raise DataError(f"{origin}: chosen and rejected are the same text: nothing is preferred")
+            rejected = texts[2] if len(texts) == 3 else ""
+            return Example(origin=origin, prompt=texts[0], completion=texts[1], rejected=rejected, form=form)
+    known = "; ".join(" and ".join(f'"{name}"' for name in fields) for fields in TEXT_FORMS)
+    raise DataError(
+        f'{origin}: expected the fields {known}; or "messages" alone; got {", ".join(map(repr, record)) or "none"}'
+    )
 
 
 def _messages(value: Any, origin: str) -> tuple[dict[str, str], ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyhead_trainer.data.encode import encode
-from polyhead_trainer.data.examples import EncodedData, EncodedExample
+from polyhead_trainer.data.examples import EncodedData, EncodedExample, Example
 from polyhead_trainer.data.read import read_jsonl
 from polyhead_trainer.errors import DataError
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_examples(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
-    examples = [encode(example, tokenizer) for file in files for example in read_jsonl(file)]
-    fitting = [example for example in examples if len(example) <= max_length]
+Encoding = Callable[[Example, "PreTrainedTokenizerBase"], EncodedExample]
+
+
+def load_examples(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: Encoding = encode
+) -> EncodedData:
+    """`encoding`: the task's; unset: completions. Raises DataError."""
+    examples = [encoding(example, tokenizer) for file in files for example in read_jsonl(file)]
+    fitting = [example for example in examples if example.width <= max_length]
     if not fitting:
         raise DataError(f"{', '.join(map(str, files))}: every example is longer than max_length = {max_length} tokens")
     return EncodedData(examples=fitting, num_too_long=len(examples) - len(fitting))

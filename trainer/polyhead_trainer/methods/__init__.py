@@ -10,12 +10,13 @@ import torch
 from polyhead_core.backbone import Backbone
 from polyhead_trainer.config import AdapterSettings
 from polyhead_trainer.methods.full import full
+from polyhead_trainer.methods.head import head
 from polyhead_trainer.methods.peft_methods import lora
 from polyhead_trainer.methods.tuned import Tuned, trained_parameters
 
 __all__ = ["METHODS", "Tuned", "trained_parameters", "tune"]
 
-METHODS: dict[str, Callable[[Backbone, Any], Tuned]] = {"lora": lora, "full": full}
+METHODS: dict[str, Callable[[Backbone, Any], Tuned]] = {"lora": lora, "full": full, "head": head}
 """Each takes the backbone and its own class of settings."""
 
 

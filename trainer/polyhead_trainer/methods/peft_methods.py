@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polyhead_core.adapter_directory import stamp_backbone
 from polyhead_core.backbone import Backbone
-from polyhead_core.errors import ConfigError
+from polyhead_core.errors import AdapterMismatch, ConfigError
 from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.config import LoraSettings, TrainingSection
 from polyhead_trainer.methods.tuned import trained_parameters
@@ -45,7 +45,7 @@ class PeftTuned:
 
 def lora(backbone: Backbone, settings: LoraSettings) -> PeftTuned:
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(backbone.model),
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -66,6 +66,21 @@ def lora(backbone: Backbone, settings: LoraSettings) -> PeftTuned:
     return PeftTuned(cast(PeftModel, model), save_embedding_layers=settings.save_embedding_layers)
 
 
+def task_type(model: nn.Module) -> str:
+    """peft's name for what the model's output is; for a classifier peft trains and saves `score` as well."""
+    if hasattr(model, "score"):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def reload_peft(backbone: Backbone, directory: Path) -> PeftModel:
+    """The backbone with an adapter that peft reads. Raises AdapterMismatch."""
+    try:
+        return PeftModel.from_pretrained(backbone.model, str(directory))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise AdapterMismatch(f"peft cannot put {directory} on {backbone.source!r}: {error}") from error
+
+
 def _targets(backbone: Backbone, settings: LoraSettings) -> str | list[str]:
     if settings.target_modules != "all-linear":
         return settings.target_modules
@@ -73,6 +88,6 @@ def _targets(backbone: Backbone, settings: LoraSettings) -> str | list[str]:
     linear = {
         path.rpartition(".")[2]
         for path, module in backbone.model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and "score" not in path.split(".")
     }
     return sorted(linear)

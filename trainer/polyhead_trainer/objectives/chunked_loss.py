@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from polyhead_trainer.batching import Batch
+from polyhead_trainer.objectives.label_logits import model_inputs
 
 
 def chunked_loss_sum(model: nn.Module, batch: Batch, chunk_rows: int) -> Tensor:
@@ -63,12 +64,7 @@ def _rows_before_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor
         return hidden[..., :1]
 
     with _forward_replaced(head, take):
-        model(
-            input_ids=batch.token_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            use_cache=False,
-            logits_to_keep=batch.predicts_BT,
-        )
+        model(**model_inputs(batch))
     (hidden,) = taken
     return hidden.reshape(-1, hidden.shape[-1])
 

@@ -18,9 +18,13 @@ def label_logits(model: nn.Module, batch: Batch) -> Tensor:
 
     A packed row is for models that `packing.prepare_packing` has made ready.
     """
+    return cast(Tensor, model(**model_inputs(batch)).logits).float()
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a causal language model is called with for the logits at the label positions."""
     places = _packed_places(batch) if batch.example_lengths else {"attention_mask": batch.attention_mask_BT}
-    output = model(input_ids=batch.token_ids_BT, **places, use_cache=False, logits_to_keep=batch.predicts_BT)
-    return cast(Tensor, output.logits).float()
+    return {"input_ids": batch.token_ids_BT, "use_cache": False, "logits_to_keep": batch.predicts_BT, **places}
 
 
 def _packed_places(batch: Batch) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""What is learned: the form of the data, the model's output, the loss and the measures. One module per task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from polyhead_core.backbone import Backbone
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.tasks.classification import classification
+from polyhead_trainer.tasks.completion import completion
+from polyhead_trainer.tasks.task import Evaluator, Task
+
+__all__ = ["TASKS", "Evaluator", "Task", "open_task"]
+
+TASKS: dict[str, Callable[[RunConfig, Backbone], Task]] = {
+    "completion": completion,
+    "classification": classification,
+}
+
+
+def open_task(config: RunConfig, backbone: Backbone) -> Task:
+    """The task of a run on a backbone that no method has touched yet. Raises ConfigError, DataError."""
+    return TASKS[config.task](config, backbone)
