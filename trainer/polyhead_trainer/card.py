@@ -8,14 +8,21 @@ from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.record import RunRecord, package_versions
 from polyhead_trainer.report import comparison
 
+AUTO_CLASSES = {"completion": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+"""transformers' classes for the outputs of the tasks."""
+
 
 def model_card(record: RunRecord) -> str:
     config, name = record.config, record.config.output.name
     base = HUB_NAMES.get(config.backbone.source, config.backbone.source)
+    is_model = config.adapter.method == "full"
     sections = [
-        f"---\nbase_model: {base}\nlibrary_name: peft\ntags:\n- {config.adapter.method}\n- polyhead\n---",
+        f"---\nbase_model: {base}\nlibrary_name: {'transformers' if is_model else 'peft'}\n"
+        f"tags:\n- {config.adapter.method}\n- polyhead\n---",
         f"# {config.title or name}",
-        f"An adapter ({config.adapter.describe()}) for {base}, made by Polyhead's trainer.",
+        f"{base}, fine-tuned ({config.adapter.describe()}) by Polyhead's trainer."
+        if is_model
+        else f"An adapter ({config.adapter.describe()}) for {base}, made by Polyhead's trainer.",
         _data(record),
         "## Before and after\n\nOn the same held-out examples.\n\n"
         + _table(("measure", "backbone", "tuned"), comparison(record.before, record.after)),
@@ -33,6 +40,8 @@ def _use(record: RunRecord) -> str:
             "## Use\n\nThe head alone is here: `polyhead_trainer.heads.load_head(backbone, directory)` puts it on the "
             "backbone; the labels are in adapter_config.json, in the order of the scores."
         )
+    if config.adapter.method == "full":
+        return f"## Use\n\nThis is a whole model: `{AUTO_CLASSES[config.task]}.from_pretrained(directory)`."
     if config.task != "completion":
         return "## Use\n\nWith `peft.PeftModel.from_pretrained` on the backbone."
     return (

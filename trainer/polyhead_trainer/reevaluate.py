@@ -62,24 +62,34 @@ def read_subject(path: Path, overrides: Sequence[str]) -> Subject:
 
 def measure(subject: Subject) -> Measured:
     """Raises AdapterRejected and its kin, BackboneError, ConfigError, DataError."""
+    from polyhead_core.backbone.checkpoint import compute_fingerprint
     from polyhead_trainer import backbones
     from polyhead_trainer.data import load_examples
+    from polyhead_trainer.methods.full import is_whole_model
     from polyhead_trainer.tasks import open_task
 
     config = subject.config
-    files = read_adapter_directory(subject.adapter.resolve())
     backbone = backbones.load(config.backbone)
-    if files.backbone_fingerprint not in (None, backbone.fingerprint):
-        raise AdapterMismatch(
-            f"{subject.adapter} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
-            f"{config.backbone.source!r} has {backbone.fingerprint}: name the right one with --set backbone.source=..."
-        )
+    if is_whole_model(subject.adapter):
+        content_hash = compute_fingerprint(subject.adapter)
+    else:
+        files = read_adapter_directory(subject.adapter.resolve())
+        content_hash = files.content_hash
+        _check_fingerprint(subject, files.backbone_fingerprint, backbone.fingerprint)
     task = open_task(config, backbone)
     held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
     evaluator = task.evaluator(held_out.examples)
     before = evaluator.measure(task.backbone.model)
     after = evaluator.measure(task.reload(subject.adapter))
-    return Measured(adapter=subject.adapter, content_hash=files.content_hash, before=before, after=after)
+    return Measured(adapter=subject.adapter, content_hash=content_hash, before=before, after=after)
+
+
+def _check_fingerprint(subject: Subject, trained_on: str | None, found: str) -> None:
+    if trained_on not in (None, found):
+        raise AdapterMismatch(
+            f"{subject.adapter} was trained on the backbone with fingerprint {trained_on}, "
+            f"{subject.config.backbone.source!r} has {found}: name the right one with --set backbone.source=..."
+        )
 
 
 def print_measured(console: Console, measured: Sequence[Measured]) -> None:

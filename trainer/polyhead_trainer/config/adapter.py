@@ -47,10 +47,12 @@ class LoraSettings(Section):
 
 class FullSettings(Section):
     method: Literal["full"]
-    """Every weight of the backbone is trained; the output is a whole model. Needs backbone.quantization = none."""
+    """The backbone's own weights are trained; the output is a whole model. Needs backbone.quantization = none."""
+    last_layers: Positive | None = None
+    """Only this many of the last decoder layers and the final norm (and a classifier's scores); unset: every weight."""
 
     def describe(self) -> str:
-        return "every weight"
+        return "every weight" if self.last_layers is None else f"the last {self.last_layers} layers and the final norm"
 
 
 class HeadSettings(Section):

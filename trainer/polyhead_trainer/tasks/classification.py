@@ -12,7 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from polyhead_core.backbone import Backbone
 from polyhead_trainer import scores
@@ -24,6 +24,7 @@ from polyhead_trainer.errors import DataError
 from polyhead_trainer.evaluate import Measures, by_length
 from polyhead_trainer.heads import classifier, is_head_directory, load_head
 from polyhead_trainer.methods import Tuned
+from polyhead_trainer.methods.full import is_whole_model, load_whole_model
 from polyhead_trainer.methods.peft_methods import reload_peft
 from polyhead_trainer.tokens import padding_id
 
@@ -142,6 +143,8 @@ class ClassificationTask:
     def reload(self, directory: Path) -> nn.Module:
         if is_head_directory(directory):
             return load_head(self.backbone, directory)
+        if is_whole_model(directory):
+            return load_whole_model(AutoModelForSequenceClassification, self.backbone, directory)
         return reload_peft(self.backbone, directory)
 
 

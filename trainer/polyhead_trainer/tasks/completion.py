@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from polyhead_core.backbone import Backbone
 from polyhead_trainer import data, evaluate
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample, Example
 from polyhead_trainer.methods import Tuned
+from polyhead_trainer.methods.full import is_whole_model, load_whole_model
 from polyhead_trainer.methods.peft_methods import reload_peft
 from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.tokens import padding_id
@@ -42,6 +43,8 @@ class CompletionTask:
         return evaluate.prepare(self.config.evaluate, held_out, tokenizer, padding_id(tokenizer))
 
     def reload(self, directory: Path) -> nn.Module:
+        if is_whole_model(directory):
+            return load_whole_model(AutoModelForCausalLM, self.backbone, directory)
         return reload_peft(self.backbone, directory)
 
 
