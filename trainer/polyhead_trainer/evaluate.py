@@ -41,6 +41,13 @@ class Measures:
     """Classification: share of the held-out texts that get their label."""
     macro_f1: float | None = None
     """Classification: mean of the labels' F1 scores."""
+    preference_accuracy: float | None = None
+    """Preferences: share of the held-out pairs whose chosen completion gained more on the backbone than the rejected
+    one; ties count half, so the backbone is at 0.5."""
+    reward_margin: float | None = None
+    """Preferences: mean over the pairs of what the chosen completion gained more, times beta."""
+    chosen_likelier: float | None = None
+    """Preferences: share of the held-out pairs whose chosen completion is the likelier of the two."""
     answers: list[str]
     """To the first held-out examples."""
 

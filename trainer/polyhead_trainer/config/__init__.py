@@ -8,6 +8,7 @@ from polyhead_trainer.config.sections import (
     DataSection,
     EvaluateSection,
     ParallelSection,
+    PreferenceSection,
     RunConfig,
     TrainingSection,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "HeadSettings",
     "LoraSettings",
     "ParallelSection",
+    "PreferenceSection",
     "RunConfig",
     "TrainingSection",
     "known_settings",

@@ -159,11 +159,17 @@ class ParallelSection(Section):
     """How long a rank waits for the others before it gives up."""
 
 
+class PreferenceSection(Section):
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """For task = preference, DPO's beta: the larger, the nearer the model stays to the backbone."""
+
+
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
-    task: Literal["completion", "classification"] = "completion"
-    """`completion`: texts that continue a prompt or a conversation; `classification`: one label for a text."""
+    task: Literal["completion", "classification", "preference"] = "completion"
+    """`completion`: texts that continue a prompt or a conversation; `classification`: one label for a text;
+    `preference`: the better of two completions, learned with DPO."""
     title: str = ""
     """What the adapter does, in one line, for the model card."""
     backbone: BackboneSection = BackboneSection()
@@ -173,6 +179,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    preference: PreferenceSection = PreferenceSection()
 
     def with_labels(self, labels: list[str]) -> RunConfig:
         """The same run with its labels written down: who reloads its output needs no training data for them."""
@@ -185,6 +192,11 @@ class RunConfig(Section):
             raise ValueError(f"adapter.method = head trains a classifier: set task = classification, not {self.task}")
         if self.training.packing and self.task != "completion":
             raise ValueError(f"training.packing works with task = completion, not {self.task}: leave it out")
+        if method == "full" and self.task == "preference":
+            raise ValueError(
+                "task = preference compares the model with itself without its adapter, and adapter.method = full has "
+                "none: choose another method"
+            )
         if self.task == "classification" and self.evaluate.general_text is not None:
             raise ValueError(
                 "evaluate.general_text measures a language model, and with task = classification there is none any "

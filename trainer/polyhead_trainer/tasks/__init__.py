@@ -8,6 +8,7 @@ from polyhead_core.backbone import Backbone
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.tasks.classification import classification
 from polyhead_trainer.tasks.completion import completion
+from polyhead_trainer.tasks.preference import preference
 from polyhead_trainer.tasks.task import Evaluator, Task
 
 __all__ = ["TASKS", "Evaluator", "Task", "open_task"]
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "Evaluator", "Task", "open_task"]
 TASKS: dict[str, Callable[[RunConfig, Backbone], Task]] = {
     "completion": completion,
     "classification": classification,
+    "preference": preference,
 }
 
 
