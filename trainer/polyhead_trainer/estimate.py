@@ -23,6 +23,7 @@ from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
 from polyhead_core.backbone.checkpoint import CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.load import empty_model, replace_module
+from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer import methods

@@ -130,7 +130,9 @@ class TrainingLoop:
     def _diverged(self, chosen: Sequence[EncodedExample], loss: float, norm: float) -> TrainingDiverged:
         """Names the examples whose loss alone is no number; where there are none, all of the step's."""
         with torch.no_grad():
-            losses = [self._objective.loss_sum(self._parallel.model, [example], self.device).item() for example in chosen]
+            losses = [
+                self._objective.loss_sum(self._parallel.model, [example], self.device).item() for example in chosen
+            ]
         culprits = [example for example, loss in zip(chosen, losses, strict=True) if not math.isfinite(loss)]
         named = [example.example.origin for example in culprits or chosen]
         more = f" and {len(named) - NAMED_EXAMPLES} more" if len(named) > NAMED_EXAMPLES else ""

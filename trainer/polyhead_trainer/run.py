@@ -183,9 +183,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     return _Trained(progress=progress, watch=watch, memory=memory, saved=saved, seconds=seconds)
 
 
-def _publish(
-    tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool
-) -> str:
+def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:
     """The identity of what was written, on the main rank; empty on the others."""
     latest = checkpoints.latest()
     kept = f"the trained state is in {latest}: --resume" if latest else "nothing was kept"

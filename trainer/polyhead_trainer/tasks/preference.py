@@ -57,7 +57,6 @@ class PreferenceEvaluator:
             chosen_likelier=won_share(policy_P2[:, 0] - policy_P2[:, 1]),
         )
 
-
     @torch.inference_mode()
     def held_out_loss(self, model: nn.Module) -> float:
         policy_P2 = all_log_probs(model, self.held_out, self.completions.pad_id)
