@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from polyhead_core.errors import ConfigError
 from polyhead_trainer import scores
-from polyhead_trainer.batching import collate
+from polyhead_trainer.batching import Batch, collate
 from polyhead_trainer.config import EvaluateSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import DataError
@@ -80,7 +82,7 @@ class Evaluator:
             answers=answers,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def held_out_loss(self, model: torch.nn.Module) -> float:
         """As `measure` gives it; `model` must be in evaluation mode."""
         return self._held_out(model)[0]
@@ -102,7 +104,7 @@ class Evaluator:
     def generate(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[str]:
         """Greedy answers, in the order of `examples`."""
         texts: dict[int, str] = {}
-        for chunk in by_length(examples):
+        for chunk in self._prompt_batches(model, examples):
             width = max(item.prompt_length for item in chunk)
             prompts = [item.token_ids[: item.prompt_length] for item in chunk]
             ids_BT = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in prompts])
@@ -119,15 +121,30 @@ class Evaluator:
                 texts[id(item)] = cast(str, self.tokenizer.decode(row[width:], skip_special_tokens=True))
         return [texts[id(item)] for item in examples]
 
+    def _prompt_batches(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
+        """Padding belongs to the left of a prompt; what peft puts in front of prompts comes before the padding, so
+        there only prompts of one length share a batch."""
+        if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+            return by_length(examples)
+        ordered = sorted(examples, key=lambda item: item.prompt_length)
+        return [list(group) for _, group in groupby(ordered, key=lambda item: item.prompt_length)]
+
     def _general_perplexity(self, model: torch.nn.Module) -> float:
         total, num_predicted = 0.0, 0
         for start in range(0, len(self.general_ids), WINDOW_TOKENS):
             ids_1T = torch.tensor([self.general_ids[start : start + WINDOW_TOKENS]], device=_device(model))
             if ids_1T.shape[1] < 2:
                 continue
-            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
-            total += F.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum").item()
-            num_predicted += len(logits_TV)
+            everywhere = torch.ones_like(ids_1T)
+            window = Batch(
+                token_ids_BT=ids_1T,
+                attention_mask_BT=everywhere,
+                # The last token predicts nothing that is there.
+                predicts_BT=F.pad(everywhere[:, 1:].bool(), (0, 1)),
+                targets_N=ids_1T[0, 1:],
+            )
+            total += F.cross_entropy(label_logits(model, window), window.targets_N, reduction="sum").item()
+            num_predicted += window.num_labels
         return math.exp(total / num_predicted)
 
 

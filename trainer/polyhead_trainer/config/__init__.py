@@ -1,6 +1,19 @@
 """What one training run is: a TOML file, checked field by field. Knows no torch."""
 
-from polyhead_trainer.config.adapter import AdapterSettings, FullSettings, HeadSettings, LoraSettings
+from polyhead_trainer.config.adapter import (
+    AdapterSection,
+    AdapterSettings,
+    BottleneckSettings,
+    FullSettings,
+    HeadSettings,
+    Ia3Settings,
+    LlamaAdapterSettings,
+    LnTuningSettings,
+    LoraSettings,
+    PrefixSettings,
+    PromptSettings,
+    PTuningSettings,
+)
 from polyhead_trainer.config.load import known_settings, load_config, parse_config
 from polyhead_trainer.config.sections import (
     BackboneSection,
@@ -14,16 +27,24 @@ from polyhead_trainer.config.sections import (
 )
 
 __all__ = [
+    "AdapterSection",
     "AdapterSettings",
     "BackboneSection",
+    "BottleneckSettings",
     "CheckpointSection",
     "DataSection",
     "EvaluateSection",
     "FullSettings",
     "HeadSettings",
+    "Ia3Settings",
+    "LlamaAdapterSettings",
+    "LnTuningSettings",
     "LoraSettings",
+    "PTuningSettings",
     "ParallelSection",
     "PreferenceSection",
+    "PrefixSettings",
+    "PromptSettings",
     "RunConfig",
     "TrainingSection",
     "known_settings",

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from polyhead_core.errors import ConfigError
-from polyhead_trainer.config.adapter import METHODS
+from polyhead_trainer.config.adapter import METHODS, REFUSED_METHODS
 from polyhead_trainer.config.base import Section
 from polyhead_trainer.config.sections import RunConfig
 
@@ -34,11 +34,20 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         _override(values, text)
+    _refuse_method(values, origin)
     try:
         # Through JSON, because strict validation turns texts into paths only there.
         return RunConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _refuse_method(values: dict[str, Any], origin: str) -> None:
+    adapter = values.get("adapter")
+    method = adapter.get("method") if isinstance(adapter, dict) else None
+    reason = REFUSED_METHODS.get(str(method).lower().replace("-", "").replace("_", ""))
+    if reason is not None:
+        raise ConfigError(f"{origin}: adapter.method = {method}: {reason}")
 
 
 def _override(values: dict[str, Any], text: str) -> None:

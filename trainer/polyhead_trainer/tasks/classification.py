@@ -23,9 +23,8 @@ from polyhead_trainer.data.encode import expect_form
 from polyhead_trainer.errors import DataError
 from polyhead_trainer.evaluate import Measures, by_length
 from polyhead_trainer.heads import classifier, is_head_directory, load_head
-from polyhead_trainer.methods import Tuned
+from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.methods.full import is_whole_model, load_whole_model
-from polyhead_trainer.methods.peft_methods import reload_peft
 from polyhead_trainer.tokens import padding_id
 
 
@@ -74,7 +73,7 @@ class ClassificationEvaluator:
     held_out: list[EncodedExample]
     answered: list[EncodedExample]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, model: nn.Module) -> Measures:
         model.eval()
         loss, found = self._classify(model, self.held_out)
@@ -86,7 +85,7 @@ class ClassificationEvaluator:
             answers=self._classify(model, self.answered)[1],
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
         return self._classify(model, self.held_out)[0] / len(self.held_out)
 
@@ -145,7 +144,7 @@ class ClassificationTask:
             return load_head(self.backbone, directory)
         if is_whole_model(directory):
             return load_whole_model(AutoModelForSequenceClassification, self.backbone, directory)
-        return reload_peft(self.backbone, directory)
+        return reload_adapter(self.backbone, directory)
 
 
 def classification(config: RunConfig, backbone: Backbone) -> ClassificationTask:

@@ -13,9 +13,8 @@ from polyhead_core.backbone import Backbone
 from polyhead_trainer import data, evaluate
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample, Example
-from polyhead_trainer.methods import Tuned
+from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.methods.full import is_whole_model, load_whole_model
-from polyhead_trainer.methods.peft_methods import reload_peft
 from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.tokens import padding_id
 
@@ -45,7 +44,7 @@ class CompletionTask:
     def reload(self, directory: Path) -> nn.Module:
         if is_whole_model(directory):
             return load_whole_model(AutoModelForCausalLM, self.backbone, directory)
-        return reload_peft(self.backbone, directory)
+        return reload_adapter(self.backbone, directory)
 
 
 def completion(config: RunConfig, backbone: Backbone) -> CompletionTask:

@@ -18,8 +18,7 @@ from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample, Example
 from polyhead_trainer.data.encode import expect_form
 from polyhead_trainer.evaluate import Measures, by_length
-from polyhead_trainer.methods import Tuned
-from polyhead_trainer.methods.peft_methods import reload_peft
+from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.objectives.preference import (
     EncodedPair,
     PreferenceObjective,
@@ -44,7 +43,7 @@ class PreferenceEvaluator:
     def answered(self) -> list[EncodedExample]:
         return self.completions.answered
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, model: nn.Module) -> Measures:
         model.eval()
         policy_P2 = all_log_probs(model, self.held_out, self.completions.pad_id)
@@ -57,7 +56,7 @@ class PreferenceEvaluator:
             chosen_likelier=won_share(policy_P2[:, 0] - policy_P2[:, 1]),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
         policy_P2 = all_log_probs(model, self.held_out, self.completions.pad_id)
         return preference_losses(reward_margins(policy_P2, self.reference_P2, self.beta)).mean().item()
@@ -68,7 +67,7 @@ def won_share(margins_P: Tensor) -> float:
     return ((margins_P > 0).float() + 0.5 * (margins_P == 0).float()).mean().item()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def all_log_probs(model: nn.Module, pairs: Sequence[EncodedExample], pad_id: int) -> Tensor:
     """As pair_log_probs, in the order of `pairs`, on the CPU. [P, 2]"""
     place = {id(pair): index for index, pair in enumerate(pairs)}
@@ -122,7 +121,7 @@ class PreferenceTask:
         )
 
     def reload(self, directory: Path) -> nn.Module:
-        return reload_peft(self.backbone, directory)
+        return reload_adapter(self.backbone, directory)
 
 
 def preference(config: RunConfig, backbone: Backbone) -> PreferenceTask:

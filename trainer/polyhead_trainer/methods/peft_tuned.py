@@ -1,0 +1,118 @@
+"""What peft's methods share: wrapping a backbone, and peft's files at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from polyhead_core.adapter_directory import read_adapter_directory, stamp_backbone
+from polyhead_core.backbone import Backbone
+from polyhead_core.errors import AdapterMismatch, ConfigError
+from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_trainer.config import TrainingSection
+from polyhead_trainer.methods.tuned import trained_parameters
+
+
+@dataclass
+class PeftTuned:
+    """Implements Tuned."""
+
+    model: PeftModel
+    save_embedding_layers: bool = False
+    is_adapter: bool = True
+
+    @contextmanager
+    def baseline(self) -> Iterator[None]:
+        with self.model.disable_adapter():
+            yield
+
+    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
+        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
+
+    def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
+        self.model.save_pretrained(str(directory), save_embedding_layers=self.save_embedding_layers)
+        return stamp_backbone(directory, fingerprint=fingerprint, quantization=quantization)
+
+
+def task_type(model: nn.Module) -> str:
+    """peft's name for what the model's output is; for a classifier peft trains and saves `score` as well."""
+    if hasattr(model, "score"):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def reload_peft(backbone: Backbone, directory: Path) -> PeftModel:
+    """The backbone with an adapter that peft reads. Raises AdapterMismatch."""
+    try:
+        model = PeftModel.from_pretrained(backbone.model, str(directory))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise AdapterMismatch(f"peft cannot put {directory} on {backbone.source!r}: {error}") from error
+    follow_virtual_tokens(backbone.model)
+    return model
+
+
+def wrap(backbone: Backbone, config: PeftConfig, warm_start: Path | None = None) -> PeftModel:
+    """Raises ConfigError; with `warm_start`, AdapterRejected and its kin as well."""
+    try:
+        model = get_peft_model(backbone.model, config)
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"peft refuses the [adapter] settings on this backbone: {error}") from error
+    follow_virtual_tokens(backbone.model)
+    model.peft_config["default"].base_model_name_or_path = HUB_NAMES.get(backbone.source, backbone.source)
+    if warm_start is not None:
+        _start_from(cast(PeftModel, model), warm_start, backbone)
+    return cast(PeftModel, model)
+
+
+def _start_from(model: PeftModel, directory: Path, backbone: Backbone) -> None:
+    files = read_adapter_directory(directory.resolve())
+    check_backbone(directory, files.backbone_fingerprint, backbone)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_same_tensors(directory, files.tensors, wanted)
+    set_peft_model_state_dict(model, files.tensors)
+
+
+def check_backbone(directory: Path, fingerprint: str | None, backbone: Backbone) -> None:
+    """Raises AdapterMismatch where the adapter says that it was trained on another backbone."""
+    if fingerprint not in (None, backbone.fingerprint):
+        raise AdapterMismatch(
+            f"{directory} was trained on the backbone with fingerprint {fingerprint}; this run's "
+            f"backbone {backbone.source!r} has {backbone.fingerprint}"
+        )
+
+
+def check_same_tensors(directory: Path, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises AdapterMismatch naming the first tensor that is there too much, is missing, or has another shape."""
+    hint = "give the [adapter] settings that it was trained with (`trainer inspect` shows them)"
+    for name in sorted(given.keys() ^ wanted.keys()):
+        what = "holds" if name in given else "lacks"
+        raise AdapterMismatch(f"{directory} {what} {name}, unlike the adapter that the settings describe; {hint}")
+    for name, tensor in sorted(wanted.items()):
+        if given[name].shape != tensor.shape:
+            raise AdapterMismatch(
+                f"{directory}: {name} is {list(given[name].shape)}, where the settings make it "
+                f"{list(tensor.shape)}; {hint}"
+            )
+
+
+def follow_virtual_tokens(model: nn.Module) -> None:
+    """Lets callers choose the positions of their own tokens (`logits_to_keep` as a mask [B, T]) whatever peft puts in
+    front of them: embeddings lengthen the sequence on its way to the backbone."""
+
+    def widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask, embeds = kwargs.get("logits_to_keep"), kwargs.get("inputs_embeds")
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool and embeds is not None:
+            kwargs = {**kwargs, "logits_to_keep": nn.functional.pad(mask, (embeds.shape[1] - mask.shape[1], 0))}
+        return args, kwargs
+
+    model.register_forward_pre_hook(widen, with_kwargs=True)
