@@ -66,6 +66,18 @@ def test_rows_of_zeros_and_of_huge_numbers() -> None:
     assert torch.isfinite(layer(x)).all()
 
 
+@pytest.mark.parametrize("column", [0, 5, 40, 63])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none_and_stays_in_its_row(column: int, value: float) -> None:
+    layer = random_layer(torch.Generator().manual_seed(3), 64, 32)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    expected = layer(x)
+    x[2, column] = value
+    found = layer(x)
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
 def random_pages(seed: int, blocks: int = 24) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     heads, groups, width, block = [(4, 2, 16, 8), (9, 3, 64, 16), (3, 1, 20, 4)][seed % 3]

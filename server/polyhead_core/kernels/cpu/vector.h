@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -146,10 +147,11 @@ inline float in_lanes(const float* x, int64_t size, float start, const Step& ste
   return total;
 }
 
+// max |x|, NaN where any x is: compared as bits, magnitudes keep their order, and NaN is above infinity.
 inline float largest_magnitude(const float* x, int64_t size) {
   return in_lanes(x, size, 0.0f, [](float a, float b) {
-    const float magnitude = std::fabs(b);
-    return magnitude > a ? magnitude : a;
+    const int32_t largest = std::bit_cast<int32_t>(a), magnitude = std::bit_cast<int32_t>(b) & 0x7fffffff;
+    return std::bit_cast<float>(magnitude > largest ? magnitude : largest);
   });
 }
 
