@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer import scores
 from polyhead_trainer.batching import Batch, collate
 from polyhead_trainer.config import EvaluateSection
-from polyhead_trainer.data import EncodedExample
+from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.errors import DataError
 from polyhead_trainer.objectives.label_logits import first_label_rows, label_logits
 
@@ -37,6 +37,8 @@ class Measures:
     """chrF2 of the generated answers, 0 to 100."""
     choice_accuracy: float | None = None
     """Share of the held-out examples whose right choice is the most likely one."""
+    earlier_loss: float | None = None
+    """Of evaluate.earlier: mean over its label tokens, in nats."""
     general_perplexity: float | None = None
     """Perplexity of the general text."""
     accuracy: float | None = None
@@ -66,6 +68,8 @@ class Evaluator:
     """First token of each possible completion; empty: not a classification."""
     general_ids: list[int]
     max_new_tokens: int
+    earlier: list[EncodedExample] = field(default_factory=list)
+    """Held-out examples of tasks that were learned before."""
 
     @torch.no_grad()  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
     def measure(self, model: torch.nn.Module) -> Measures:
@@ -78,6 +82,7 @@ class Evaluator:
             exact_match=scores.exact_match(answers, references) if answers else None,
             chrf=scores.chrf(answers, references) if answers else None,
             choice_accuracy=accuracy,
+            earlier_loss=self._loss(model, self.earlier)[0] if self.earlier else None,
             general_perplexity=self._general_perplexity(model) if self.general_ids else None,
             answers=answers,
         )
@@ -88,8 +93,14 @@ class Evaluator:
         return self._held_out(model)[0]
 
     def _held_out(self, model: torch.nn.Module) -> tuple[float, float | None]:
+        """(loss, choice accuracy)"""
+        loss, num_right = self._loss(model, self.held_out)
+        return loss, num_right / len(self.held_out) if self.choice_ids else None
+
+    def _loss(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> tuple[float, int]:
+        """(mean over the label tokens, in nats; examples whose right choice is the likeliest)"""
         total, num_labels, num_right = 0.0, 0, 0
-        for chunk in by_length(self.held_out):
+        for chunk in by_length(examples):
             batch = collate(chunk, self.pad_id).to(_device(model))
             logits_NV = label_logits(model, batch)
             total += F.cross_entropy(logits_NV, batch.targets_N, reduction="sum").item()
@@ -99,7 +110,7 @@ class Evaluator:
                 choices = torch.tensor(self.choice_ids, device=first_B.device)
                 likeliest_B = choices[logits_NV[first_B][:, choices].argmax(dim=1)]
                 num_right += int((likeliest_B == batch.targets_N[first_B]).sum())
-        return total / num_labels, num_right / len(self.held_out) if self.choice_ids else None
+        return total / num_labels, num_right
 
     def generate(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[str]:
         """Greedy answers, in the order of `examples`."""
@@ -149,9 +160,13 @@ class Evaluator:
 
 
 def prepare(
-    settings: EvaluateSection, held_out: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase, pad_id: int
+    settings: EvaluateSection,
+    held_out: Sequence[EncodedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int,
+    max_length: int = 512,
 ) -> Evaluator:
-    """Raises ConfigError, DataError."""
+    """`max_length`: of the examples of earlier tasks, as data.max_length. Raises ConfigError, DataError."""
     return Evaluator(
         tokenizer=tokenizer,
         pad_id=pad_id,
@@ -160,6 +175,7 @@ def prepare(
         choice_ids=_choice_ids(settings.choices, held_out, tokenizer),
         general_ids=_general_ids(settings.general_text, settings.general_tokens, tokenizer),
         max_new_tokens=settings.max_new_tokens,
+        earlier=load_examples(settings.earlier, tokenizer, max_length).examples if settings.earlier else [],
     )
 
 

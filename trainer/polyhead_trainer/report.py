@@ -20,6 +20,7 @@ FORMS = {
     "preference_accuracy": ("preference accuracy", ".1%"),
     "reward_margin": ("reward margin", ".3f"),
     "chosen_likelier": ("chosen is the likelier", ".1%"),
+    "earlier_loss": ("loss on earlier tasks (nats)", ".3f"),
     "choice_accuracy": ("choice accuracy", ".1%"),
     "exact_match": ("exact match of answers", ".1%"),
     "chrf": ("chrF of answers", ".1f"),

@@ -123,6 +123,9 @@ class EvaluateSection(Section):
     which is fair to a backbone that does not know the form of the answer. Their first tokens must differ."""
     general_text: Path | None = None
     """A text of another kind: its perplexity before and after shows what was forgotten."""
+    earlier: list[Path] = []
+    """Held-out files of tasks that were learned before this one: their loss before and after shows what was
+    forgotten. (The loss before is the backbone's; with adapter.warm_start, that adapter's own run measured its.)"""
     general_tokens: Positive = 4096
     """How many of its tokens are used."""
     show: Count = 4
@@ -197,9 +200,9 @@ class RunConfig(Section):
                 "task = preference compares the model with itself without its adapter, and adapter.method = full has "
                 "none: choose another method"
             )
-        if self.task == "classification" and self.evaluate.general_text is not None:
+        if self.task == "classification" and (self.evaluate.general_text is not None or self.evaluate.earlier):
             raise ValueError(
-                "evaluate.general_text measures a language model, and with task = classification there is none any "
-                "more: leave it out"
+                "evaluate.general_text and evaluate.earlier measure a language model, and with task = classification "
+                "there is none any more: leave them out"
             )
         return self

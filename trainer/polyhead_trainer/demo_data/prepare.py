@@ -23,6 +23,8 @@ SPANISH = ("es", "es_AR", "es_CO", "es_MX", "es_VE")
 """Locales of one language: all their translations are learned, and measured against the first one's."""
 
 Pair = tuple[str, str]
+Record = dict[str, str]
+"""One line of a file; its first field is the text that decides on which side of the split it is."""
 
 
 def prepare(output: Path, cache_dir: Path | None = None) -> list[str]:
@@ -32,8 +34,10 @@ def prepare(output: Path, cache_dir: Path | None = None) -> list[str]:
     ratings = vader.inner("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     output.mkdir(parents=True, exist_ok=True)
     notes = [
-        _write_task(output / "tweet_sentiment", tweet_pairs(ratings), held_out_share=0.1),
-        _write_task(output / "ui_spanish", catalogue_pairs(django, SPANISH, "Spanish"), held_out_share=0.2),
+        _write_task(output / "tweet_sentiment", as_completions(tweet_pairs(ratings)), held_out_share=0.1),
+        _write_task(output / "tweet_labels", as_labelled_texts(tweets(ratings)), held_out_share=0.1),
+        _write_task(output / "ui_spanish", as_completions(catalogue_pairs(django, SPANISH)), held_out_share=0.2),
+        _write_task(output / "ui_argentinian", argentinian_preferences(django), held_out_share=0.2),
         _write_general_text(output / "general_text.txt", ratings),
     ]
     for package, files in ((VADER, vader), (DJANGO, django)):
@@ -43,19 +47,23 @@ def prepare(output: Path, cache_dir: Path | None = None) -> list[str]:
     return notes
 
 
-def tweet_pairs(ratings: PackageFiles) -> list[Pair]:
-    """4,200 tweets with people's mean rating of their sentiment (Hutto and Gilbert, ICWSM 2014)."""
+def tweets(ratings: PackageFiles) -> list[Pair]:
+    """(text, label) of 4,200 tweets with people's mean rating of their sentiment (Hutto and Gilbert, ICWSM 2014)."""
     pairs = []
     for _, rating, text in _rows(ratings, "tweets_GroundTruth.txt"):
         label = "neutral"
         if abs(float(rating)) >= LABEL_THRESHOLD:
             label = "positive" if float(rating) > 0 else "negative"
-        pairs.append((f"Tweet text : {html.unescape(text).strip()} Label :", f" {label}"))
+        pairs.append((html.unescape(text).strip(), label))
     return pairs
 
 
-def catalogue_pairs(django: PackageFiles, locales: Iterable[str], language: str) -> list[Pair]:
-    """Short texts of Django's user interface with their translations by Django's translators."""
+def tweet_pairs(ratings: PackageFiles) -> list[Pair]:
+    return [(f"Tweet text : {text} Label :", f" {label}") for text, label in tweets(ratings)]
+
+
+def catalogue_pairs(django: PackageFiles, locales: Iterable[str]) -> list[Pair]:
+    """Short texts of Django's user interface with their Spanish translations by Django's translators."""
     found: dict[Pair, None] = {}
     for locale in locales:
         for name in django.names(f"/locale/{locale}/LC_MESSAGES/django.po"):
@@ -64,8 +72,26 @@ def catalogue_pairs(django: PackageFiles, locales: Iterable[str], language: str)
                 plain = translation.replace("\u00a0", " ")
                 is_short = len(source) <= MAX_TRANSLATED_CHARACTERS
                 if is_short and source != plain and not NOT_PLAIN.search(source + plain):
-                    found[(f"English : {source} {language} :", f" {plain}")] = None
+                    found[(f"English : {source} Spanish :", f" {plain}")] = None
     return list(found)
+
+
+def argentinian_preferences(django: PackageFiles) -> list[Record]:
+    """The Argentinian translation as the better one where Spain's is another: usage, capitals, forms of address."""
+    spain = dict(catalogue_pairs(django, ["es"]))
+    return [
+        {"prompt": prompt, "chosen": translation, "rejected": spain[prompt]}
+        for prompt, translation in dict(catalogue_pairs(django, ["es_AR"])).items()
+        if spain.get(prompt, translation) != translation
+    ]
+
+
+def as_completions(pairs: Iterable[Pair]) -> list[Record]:
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+
+def as_labelled_texts(pairs: Iterable[Pair]) -> list[Record]:
+    return [{"text": text, "label": label} for text, label in pairs]
 
 
 def _rows(ratings: PackageFiles, file: str) -> Iterable[list[str]]:
@@ -79,19 +105,23 @@ def _write_general_text(file: Path, ratings: PackageFiles) -> str:
     return f"{file}: sentences of New York Times editorials, {len(text):,} characters"
 
 
-def _write_task(folder: Path, pairs: Iterable[Pair], held_out_share: float) -> str:
+def _write_task(folder: Path, records: Iterable[Record], held_out_share: float) -> str:
     folder.mkdir(exist_ok=True)
     # By hash, so that the first few are a fair sample; stable, so that of one prompt the first completion comes first.
-    placed = sorted(((_place(pair[0]), pair) for pair in pairs), key=lambda item: item[0])
-    train = [pair for place, pair in placed if int(place[:8], 16) >= held_out_share * 2**32]
-    held_out: dict[str, str] = {}
-    for place, (prompt, completion) in placed:
+    placed = sorted(((_place(_text(record)), record) for record in records), key=lambda item: item[0])
+    train = [record for place, record in placed if int(place[:8], 16) >= held_out_share * 2**32]
+    held_out: dict[str, Record] = {}
+    for place, record in placed:
         if int(place[:8], 16) < held_out_share * 2**32:
-            held_out.setdefault(prompt, completion)
-    for side, chosen in (("train", train), ("held_out", list(held_out.items()))):
-        lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in chosen]
+            held_out.setdefault(_text(record), record)
+    for side, chosen in (("train", train), ("held_out", list(held_out.values()))):
+        lines = [json.dumps(record, ensure_ascii=False) for record in chosen]
         (folder / f"{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return f"{folder}: {len(train):,} examples to learn, {len(held_out):,} held out"
+
+
+def _text(record: Record) -> str:
+    return next(iter(record.values()))
 
 
 def _place(prompt: str) -> str:

@@ -39,7 +39,9 @@ class CompletionTask:
 
     def evaluator(self, held_out: Sequence[EncodedExample]) -> evaluate.Evaluator:
         tokenizer = self.backbone.tokenizer
-        return evaluate.prepare(self.config.evaluate, held_out, tokenizer, padding_id(tokenizer))
+        return evaluate.prepare(
+            self.config.evaluate, held_out, tokenizer, padding_id(tokenizer), self.config.data.max_length
+        )
 
     def reload(self, directory: Path) -> nn.Module:
         if is_whole_model(directory):

@@ -111,7 +111,9 @@ class PreferenceTask:
         settings, tokenizer = self.config.evaluate, self.backbone.tokenizer
         pairs = [cast(EncodedPair, pair) for pair in held_out]
         measured: list[EncodedExample] = [*pairs[: settings.max_examples or None]]
-        completions = evaluate.prepare(settings, [pair.chosen for pair in pairs], tokenizer, padding_id(tokenizer))
+        chosen = [pair.chosen for pair in pairs]
+        length = self.config.data.max_length
+        completions = evaluate.prepare(settings, chosen, tokenizer, padding_id(tokenizer), length)
         self.backbone.model.eval()
         return PreferenceEvaluator(
             completions=completions,

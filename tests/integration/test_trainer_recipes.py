@@ -1,0 +1,89 @@
+"""Every recipe that ships, on its own real data: a few steps on a tiny backbone (`make test-trainer`: in full)."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trainer_run import run_quietly
+from transformers import AutoTokenizer
+
+from polyhead_trainer.config import RunConfig, parse_config
+from polyhead_trainer.config.adapter import METHODS
+from polyhead_trainer.demo_data import prepare
+from polyhead_trainer.recipe_book import find_recipe, recipes
+from polyhead_trainer.reevaluate import measure, read_subject
+from tiny import save_backbone
+
+NAMES = [recipe.name for recipe in recipes()]
+NEEDS = {"second_task_full": "full", "second_task_same_adapter": "tweet_sentiment"}
+"""Recipes that go on where another one ended."""
+SMALLER = {
+    "training": {"max_steps": 2, "batch_size": 2},
+    "evaluate": {"max_examples": 3, "generate_examples": 1, "max_new_tokens": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, default_directory: Path) -> Path:
+    """A working directory with the recipes' data and a tiny backbone that has the default one's tokenizer."""
+    folder = tmp_path_factory.mktemp("recipes")
+    prepare(folder / "data")
+    for file in (folder / "data").rglob("*.jsonl"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        file.write_text("\n".join(lines[:40]) + "\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(default_directory)
+    save_backbone("llama", folder / "backbone", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder / "backbone")
+    return folder
+
+
+def configuration(name: str) -> RunConfig:
+    """The recipe as it is but for its size and, unless it names one, its backbone."""
+    values: dict[str, Any] = tomllib.loads(find_recipe(name).text)
+    for section, smaller in SMALLER.items():
+        values[section].update(smaller)
+    values["training"].pop("epochs", None)
+    if "general_text" in values["evaluate"]:
+        values["evaluate"]["general_tokens"] = 64
+    if "layers" in values["adapter"]:
+        values["adapter"]["layers"] = [1, 2]
+    if "last_layers" in values["adapter"]:
+        values["adapter"]["last_layers"] = 2
+    values.setdefault("backbone", {}).setdefault("source", "backbone")
+    values["backbone"]["cache_dir"] = "cache"
+    return parse_config(values, name)
+
+
+def run_once(name: str) -> None:
+    config = configuration(name)
+    if not config.output.exists():
+        if name in NEEDS:
+            run_once(NEEDS[name])
+        run_quietly(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_and_its_output_is_read_back(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    run_once(name)
+    config = configuration(name)
+    again = measure(read_subject(config.output, []))
+    assert again.after.held_out_loss != again.before.held_out_loss, "two steps changed nothing"
+    if config.evaluate.earlier:
+        assert again.after.earlier_loss is not None
+
+
+def test_every_method_has_a_recipe() -> None:
+    configurations = [configuration(name) for name in NAMES]
+    assert {config.adapter.method for config in configurations} == METHODS.keys()
+    assert {config.task for config in configurations} == {"completion", "classification", "preference"}
+    assert all(config.data.license for config in configurations)
+
+
+def test_recipes_open_with_a_line_that_tells_them_apart() -> None:
+    summaries = [recipe.summary for recipe in recipes()]
+    assert all("Data: `trainer demo-data data`." in summary for summary in summaries)
+    assert len(set(summaries)) == len(summaries)
