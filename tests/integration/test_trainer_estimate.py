@@ -39,3 +39,13 @@ def test_two_ranks_hold_half_and_gather_layers(tmp_path: Path) -> None:
     assert whole.gathered == 0 < half.gathered < whole.weights + whole.adapter
     replica = estimate(configuration(tmp_path, "parallel.strategy=ddp"), nproc=2)
     assert (replica.weights, replica.optimizer) == (whole.weights, whole.optimizer)
+
+
+def test_the_settings_that_save_memory_are_seen(tmp_path: Path) -> None:
+    plain = estimate(configuration(tmp_path, "adapter.rank=64"))
+    checkpointed = estimate(configuration(tmp_path, "adapter.rank=64", "training.activation_checkpointing=all"))
+    assert checkpointed.activations < 0.7 * plain.activations
+    eight_bit = estimate(configuration(tmp_path, "adapter.rank=64", "training.optimizer=adamw-8bit"))
+    assert eight_bit.optimizer < 0.5 * plain.optimizer
+    chunked = estimate(configuration(tmp_path, "adapter.rank=64", "training.logit_chunk=2000"))
+    assert chunked.logits == 3 * 2000 * 4 < plain.logits

@@ -15,7 +15,8 @@ from test_trainer_run import configuration, run_quietly
 import tiny
 from polyhead_core.adapter_directory import read_adapter_directory
 from polyhead_core.backbone import load_backbone
-from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.errors import OutOfMemory, TrainingDiverged
+from polyhead_trainer.estimate import estimate
 from polyhead_trainer.loop import StepReport, TrainingLoop
 from polyhead_trainer.run import run
 from polyhead_trainer.trained_state import copy_state
@@ -119,3 +120,33 @@ def test_a_run_keeps_the_best_weights_and_says_so(tmp_path: Path) -> None:
     assert best < 3, "at this rate the last step is not the best, or this shows nothing"
     assert result.record.after.held_out_loss == losses[best]
     assert f"kept: the weights of step {best}" in console.export_text()
+
+
+def test_out_of_memory_says_what_is_needed_and_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(tmp_path, "training.batch_size=12", "backbone.quantization=none")
+
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        torch.empty(1 << 55)
+        raise AssertionError("there was that much memory")
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    with pytest.raises(OutOfMemory) as caught:
+        run_quietly(config)
+    message = caught.value.message
+    assert "out of memory on cpu: " in message
+    needed = estimate(config)
+    assert f"activations {needed.activations / (1 << 20):,.0f} MiB" in message
+    assert f"peak {needed.peak / (1 << 20):,.0f} MiB" in message
+    assert "settings that need less: training.micro_batch_size = 3 (" in message
+    smaller = estimate(configuration(tmp_path, "training.batch_size=12", "training.micro_batch_size=3"))
+    assert smaller.peak < needed.peak
+    assert not config.output.exists()
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        run_quietly(configuration(tmp_path))

@@ -27,15 +27,17 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer import methods
+from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import steps
-from polyhead_trainer.config import BackboneSection, ParallelSection, RunConfig
+from polyhead_trainer.config import BackboneSection, ParallelSection, RunConfig, TrainingSection
 from polyhead_trainer.data import EncodedExample, load_examples
+from polyhead_trainer.decoder_layers import transformer_layers
 from polyhead_trainer.evaluate import BATCH_SIZE, WINDOW_TOKENS
+from polyhead_trainer.optimizers import state_bytes
 from polyhead_trainer.parallel import Ranks, check_possible, layer_class, micro_batches
 from polyhead_trainer.schedule import count_steps
 
 FLOAT32_BYTES = 4
-ADAM_STATES = 2
 LOGIT_COPIES = 3
 """float32 [labels, vocabulary] held at once: the logits, their log-softmax, and the gradient of one of them."""
 EVALUATION_LOGIT_COPIES = 2
@@ -117,15 +119,17 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     weights = buffers + (untouched - buffers) // num_shards
     backbone = _as_backbone(model, directory, tokenizer, config)
     wrapped = methods.tune(backbone, config.adapter, config.training.seed).model
-    trained = sum(parameter.nbytes for parameter in wrapped.parameters() if parameter.requires_grad) // num_shards
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     vocabulary = int(model.config.vocab_size)
+    training = config.training
+    logits = batch.num_labels * vocabulary
     return Estimate(
         weights=weights,
         adapter=(_num_bytes(wrapped) - untouched) // num_shards,
-        gradients=trained,
-        optimizer=ADAM_STATES * trained,
-        activations=saved_bytes(wrapped, batch),
-        logits=LOGIT_COPIES * batch.num_labels * vocabulary * FLOAT32_BYTES,
+        gradients=sum(parameter.nbytes for parameter in parameters) // num_shards,
+        optimizer=state_bytes(training.optimizer, parameters, training) // num_shards,
+        activations=activation_bytes(wrapped, batch, training),
+        logits=LOGIT_COPIES * min(logits, training.logit_chunk or logits) * FLOAT32_BYTES,
         evaluation_logits=EVALUATION_LOGIT_COPIES * _evaluation_rows(config, held_out) * vocabulary * FLOAT32_BYTES,
         gathered=_gathered_bytes(wrapped, config.parallel) if num_shards > 1 else 0,
         batch=batch,
@@ -234,6 +238,15 @@ def _as_backbone(model: PreTrainedModel, directory: Path, tokenizer: Any, config
         dtype=torch.float32,
         device=torch.device("meta"),
     )
+
+
+def activation_bytes(model: nn.Module, batch: MicroBatch, settings: TrainingSection) -> int:
+    """What forward keeps for backward; with activation checkpointing, one layer's more, as it is computed again."""
+    with activation_checkpointing(model, settings):
+        kept = saved_bytes(model, batch)
+    if settings.activation_checkpointing == "none":
+        return kept
+    return kept + saved_bytes(model, batch) // len(transformer_layers(model))
 
 
 def saved_bytes(model: nn.Module, batch: MicroBatch) -> int:

@@ -20,6 +20,7 @@ from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.methods import Tuned
+from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.packing import prepare_packing
 from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
 from polyhead_trainer.parallel.memory import RankMemoryMeter
@@ -50,7 +51,9 @@ def run(
     Where the environment names other ranks, this is one of them: they meet at `store`, or as torchrun says.
     """
     with joined(config.backbone.device, config.parallel.timeout_s, store) as ranks:
-        return _run(config, console if ranks.is_main else Console(quiet=True), ranks, overwrite, resume)
+        shown = console if ranks.is_main else Console(quiet=True)
+        with explaining_out_of_memory(config, ranks.size):
+            return _run(config, shown, ranks, overwrite, resume)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,105 @@
+"""What to say when memory runs out: what the run needs by part, what there is, and the settings that need less."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from polyhead_core.errors import PolyheadError
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.errors import OutOfMemory
+from polyhead_trainer.estimate import Estimate, estimate
+
+CPU_ALLOCATION_FAILED = "can't allocate memory"
+"""In the RuntimeError of torch's CPU allocator, which has no class of its own."""
+MIB = 1 << 20
+
+
+@contextmanager
+def explaining_out_of_memory(config: RunConfig, num_ranks: int) -> Iterator[None]:
+    """Raises OutOfMemory for allocations that fail inside."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_allocation(error):
+            raise
+        raise OutOfMemory(_explanation(config, num_ranks, str(error))) from error
+
+
+def _is_allocation(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATION_FAILED in str(error)
+
+
+def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
+    first_line = reason.strip().partition("\n")[0]
+    message = f"out of memory on {config.backbone.device}: {first_line}"
+    try:
+        needed = estimate(config, nproc=num_ranks)
+        smaller = list(_smaller(config, num_ranks))
+    except PolyheadError as error:
+        return f"{message}; what the run needs cannot be estimated ({error.message})"
+    parts = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in needed.parts().items() if value)
+    available = _available_bytes(config.backbone.device)
+    message += f"; `trainer estimate` expects on each rank: {parts}; there are {available / MIB:,.0f} MiB"
+    if not smaller:
+        return f"{message}; no setting of the trainer would make it smaller: use a larger device or a smaller backbone"
+    fits = [f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in smaller if peak <= available]
+    listed = [f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in smaller]
+    # What else runs on the device is unknown, so that an estimate below what there is in all may still not fit.
+    return f"{message}; settings that need less: {'; '.join(fits or listed)}"
+
+
+def _smaller(config: RunConfig, num_ranks: int) -> Iterator[tuple[str, int]]:
+    """(settings, expected peak in bytes), each with those before it, as far as they save something."""
+    names: list[str] = []
+    least = estimate(config, nproc=num_ranks).peak
+    for setting, change in _changes(config):
+        candidate = change(config)
+        peak = _peak(candidate, num_ranks)
+        if peak is not None and peak < 0.99 * least:
+            config, least = candidate, peak
+            names.append(setting)
+            yield " and ".join(names), peak
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, Callable[[RunConfig], RunConfig]]]:
+    """From the cheapest to the costliest in time."""
+    training = config.training
+    size = training.micro_batch_size or training.batch_size
+    if size > 1:
+        yield f"training.micro_batch_size = {max(1, size // 4)}", _set("training", micro_batch_size=max(1, size // 4))
+    if training.optimizer in ("adamw", "sgd"):
+        yield "training.optimizer = adamw-8bit", _set("training", optimizer="adamw-8bit")
+    if training.activation_checkpointing != "all":
+        yield "training.activation_checkpointing = all", _set("training", activation_checkpointing="all")
+    if size > 4:
+        yield "training.micro_batch_size = 1", _set("training", micro_batch_size=1)
+    if config.backbone.quantization == "none" and config.adapter.method not in ("full",):
+        yield "backbone.quantization = int8", _set("backbone", quantization="int8")
+
+
+def _set(section: str, **values: Any) -> Callable[[RunConfig], RunConfig]:
+    def changed(config: RunConfig) -> RunConfig:
+        return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+    return changed
+
+
+def _peak(config: RunConfig, num_ranks: int) -> int | None:
+    """None for settings that the run could not have."""
+    try:
+        found: Estimate = estimate(config, nproc=num_ranks)
+    except PolyheadError:
+        return None
+    return found.peak
+
+
+def _available_bytes(device: str) -> int:
+    """All of the device's memory, whoever uses it now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
