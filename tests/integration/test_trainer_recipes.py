@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from test_trainer_run import run_quietly
+from test_trainer_seq2seq import save_encoder_decoder
 from transformers import AutoTokenizer
 
 from polyhead_trainer.config import RunConfig, parse_config
@@ -37,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, default_directory: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(default_directory)
     save_backbone("llama", folder / "backbone", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder / "backbone")
+    save_encoder_decoder(folder / "encoder_decoder")
     return folder
 
 
@@ -53,6 +55,8 @@ def configuration(name: str) -> RunConfig:
     if "last_layers" in values["adapter"]:
         values["adapter"]["last_layers"] = 2
     values.setdefault("backbone", {}).setdefault("source", "backbone")
+    if values.get("task") == "seq2seq":  # the hub's model is not there
+        values["backbone"]["source"] = "encoder_decoder"
     values["backbone"]["cache_dir"] = "cache"
     return parse_config(values, name)
 
@@ -79,7 +83,7 @@ def test_a_recipe_runs_and_its_output_is_read_back(folder: Path, monkeypatch: py
 def test_every_method_has_a_recipe() -> None:
     configurations = [configuration(name) for name in NAMES]
     assert {config.adapter.method for config in configurations} == METHODS.keys()
-    assert {config.task for config in configurations} == {"completion", "classification", "preference"}
+    assert {config.task for config in configurations} == {"completion", "classification", "preference", "seq2seq"}
     assert all(config.data.license for config in configurations)
 
 

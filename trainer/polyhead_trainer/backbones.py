@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
 
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
+from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.config import BackboneSection
 
@@ -31,8 +41,8 @@ def on_host(settings: BackboneSection) -> BackboneSection:
 
 def load(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
-    if settings.quantization == "llm.int8":
-        return _load_llm_int8(settings)
+    if settings.quantization == "llm.int8" or _is_encoder_decoder(settings):
+        return _load_by_transformers(settings)
     return load_backbone(
         settings.source,
         quantization=settings.quantization,
@@ -42,7 +52,21 @@ def load(settings: BackboneSection) -> Backbone:
     )
 
 
-def _load_llm_int8(settings: BackboneSection) -> Backbone:
+def _is_encoder_decoder(settings: BackboneSection) -> bool:
+    directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
+    return _config(directory).is_encoder_decoder
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"cannot read {directory / 'config.json'}: {error}") from error
+    return found
+
+
+def _load_by_transformers(settings: BackboneSection) -> Backbone:
+    """LLM.int8, and encoder-decoders, which the server's own loading and int8 do not know."""
     # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     cache = settings.cache_dir or default_cache_dir()
@@ -50,16 +74,24 @@ def _load_llm_int8(settings: BackboneSection) -> Backbone:
     device = torch.device(settings.device)
     name = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
     dtype: torch.dtype = getattr(torch, name)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=dtype, device_map={"": device}
-    )
+    is_encoder_decoder = _config(directory).is_encoder_decoder
+    if is_encoder_decoder and settings.quantization == "int8":
+        raise ConfigError(
+            f"backbone.quantization = int8 is made for decoder-only models, and {settings.source!r} is an "
+            "encoder-decoder: set backbone.quantization = none or llm.int8"
+        )
+    loader = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if settings.quantization == "llm.int8":
+        more["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = loader.from_pretrained(directory, dtype=dtype, device_map={"": device}, **more)
     return Backbone(
         model=model.eval().requires_grad_(False),
         tokenizer=AutoTokenizer.from_pretrained(directory),
         source=settings.source,
         directory=directory,
         fingerprint=fingerprint(directory, cache),
-        quantization="llm.int8",
+        quantization=settings.quantization,
         dtype=dtype,
         device=device,
     )

@@ -8,7 +8,11 @@ from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.record import RunRecord, package_versions
 from polyhead_trainer.report import comparison
 
-AUTO_CLASSES = {"completion": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+AUTO_CLASSES = {
+    "completion": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
 """transformers' classes for the outputs of the tasks."""
 
 

@@ -170,9 +170,9 @@ class PreferenceSection(Section):
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
-    task: Literal["completion", "classification", "preference"] = "completion"
+    task: Literal["completion", "classification", "preference", "seq2seq"] = "completion"
     """`completion`: texts that continue a prompt or a conversation; `classification`: one label for a text;
-    `preference`: the better of two completions, learned with DPO."""
+    `preference`: the better of two completions, learned with DPO; `seq2seq`: completions by an encoder-decoder."""
     title: str = ""
     """What the adapter does, in one line, for the model card."""
     backbone: BackboneSection = BackboneSection()
@@ -193,6 +193,8 @@ class RunConfig(Section):
         method = self.adapter.method
         if method == "head" and self.task != "classification":
             raise ValueError(f"adapter.method = head trains a classifier: set task = classification, not {self.task}")
+        if self.task == "seq2seq":
+            self._check_seq2seq()
         if self.training.packing and self.task != "completion":
             raise ValueError(f"training.packing works with task = completion, not {self.task}: leave it out")
         if method == "full" and self.task == "preference":
@@ -206,3 +208,9 @@ class RunConfig(Section):
                 "there is none any more: leave them out"
             )
         return self
+
+    def _check_seq2seq(self) -> None:
+        if self.adapter.method not in ("lora", "ia3", "full"):
+            raise ValueError(f"task = seq2seq works with adapter.method = lora, ia3 or full, not {self.adapter.method}")
+        if self.evaluate.general_text is not None or self.evaluate.earlier or self.evaluate.choices:
+            raise ValueError("task = seq2seq has no evaluate.general_text, evaluate.earlier or evaluate.choices")
