@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-gpu proto clean
+.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
 BIN := .venv/bin
 
 setup:
@@ -17,7 +17,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 unit: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -40,6 +40,10 @@ bench-perplexity: setup
 bench-cost: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/deployment_cost.py
+
+bench-training: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[oracles]'
+	$(BIN)/python benchmarks/training.py
 
 bench-roofline: setup
 	$(BIN)/python benchmarks/roofline.py --profile

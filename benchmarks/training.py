@@ -1,0 +1,165 @@
+"""LoRA training on the default backbone: tokens per second, peak memory and loss, side by side with what else is used.
+
+Peers: transformers' Trainer with peft, TRL's SFTTrainer with its packing, and the shape of llama-cookbook's loop. Every
+system learns the same examples of the demo's data once, in steps of as many tokens, in a process of its own; systems
+alternate, each repeat with other examples. Held-out loss after that is measured the same way for all, in float32.
+    python benchmarks/training.py [--steps 24] [--repeats 2] [--systems ...] [--seed 0]      (TRL: the extra `oracles`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from machine import machine_facts, say_if_busy, shown, silence_peft
+
+GOAL = 1.3
+OURS = "polyhead"
+WARM_UP_STEPS = 3
+HELD_OUT = 100
+BY_DEFAULT = (
+    "polyhead int8",
+    "polyhead float32",
+    "transformers Trainer float32",
+    "TRL SFTTrainer packed float32",
+    "llama-cookbook loop float32",
+)
+"""bfloat16 is left to machines that multiply it fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    system: str
+    tokens_per_s: float
+    peak_bytes: int
+    """Of the process; with a GPU, of its memory."""
+    loss_before: float
+    loss_after: float
+
+
+def main() -> None:
+    options = _options()
+    if options.worker:
+        print(json.dumps(asdict(measure(options))))
+        return
+    if any("TRL" in system for system in options.systems) and find_spec("trl") is None:
+        raise SystemExit("TRL is not installed: pip install -c constraints.txt 'polyhead[oracles]', or leave it out")
+    facts = machine_facts()
+    say_if_busy(facts)
+    found: list[Measured] = []
+    for repeat in range(options.repeats):
+        for system in options.systems:
+            found.append(_in_own_process(options, system, repeat))
+            one = found[-1]
+            print(f"repeat {repeat}: {system}: {one.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
+    print_table(found, options.systems)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    values = {"machine": facts, "settings": {"steps": options.steps, "batch_size": options.batch_size}}
+    options.out.write_text(json.dumps({**values, "measured": [asdict(one) for one in found]}, indent=1) + "\n")
+    print(f"\nwritten to {shown(options.out)}")
+
+
+def _in_own_process(options: argparse.Namespace, system: str, repeat: int) -> Measured:
+    command = [sys.executable, __file__, "--worker", system, "--steps", str(options.steps)]
+    command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed + repeat)]
+    command += ["--backbone", options.backbone, "--device", options.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{system} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def measure(options: argparse.Namespace) -> Measured:
+    import torch
+    from training_systems import SYSTEMS, Work
+    from transformers import AutoTokenizer
+
+    from polyhead_core.backbone import load_backbone, resolve_source
+    from polyhead_core.paths import default_cache_dir
+    from polyhead_trainer.config import EvaluateSection
+    from polyhead_trainer.data import load_examples
+    from polyhead_trainer.demo_data import prepare
+    from polyhead_trainer.evaluate import prepare as prepare_evaluation
+    from polyhead_trainer.tokens import padding_id
+
+    silence_peft()
+    directory = resolve_source(options.backbone, default_cache_dir())
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    data = default_cache_dir() / "demo_data"
+    if not (data / "tweet_sentiment").is_dir():
+        prepare(data)
+    train = load_examples([data / "tweet_sentiment" / "train.jsonl"], tokenizer, 512).examples
+    held_out = load_examples([data / "tweet_sentiment" / "held_out.jsonl"], tokenizer, 512).examples[:HELD_OUT]
+    work = Work(
+        directory=directory,
+        tokenizer=tokenizer,
+        pad_id=padding_id(tokenizer),
+        examples=random.Random(options.seed).sample(train, options.steps * options.batch_size),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=options.device,
+    )
+    evaluator = prepare_evaluation(EvaluateSection(generate_examples=0), held_out, tokenizer, work.pad_id)
+    model, meter = SYSTEMS[options.worker](work)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if options.device != "cpu"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    model.eval()
+    untouched = load_backbone(str(directory), quantization="none", device=options.device).model
+    return Measured(
+        system=options.worker,
+        tokens_per_s=meter.tokens_per_s(WARM_UP_STEPS),
+        peak_bytes=peak,
+        loss_before=evaluator.held_out_loss(untouched),
+        loss_after=evaluator.held_out_loss(model),
+    )
+
+
+def print_table(found: list[Measured], systems: list[str]) -> None:
+    rates = {name: [one.tokens_per_s for one in found if one.system == name] for name in systems}
+    peers = {name: statistics.median(values) for name, values in rates.items() if not name.startswith(OURS)}
+    best = max(peers.values(), default=None)
+    print(f"\n{'system':<32} {'tokens/s':>9}   {'[min, max]':<16} {'peak MiB':>8} {'loss':>14}   of the best peer")
+    for name in systems:
+        own = [one for one in found if one.system == name]
+        median = statistics.median(rates[name])
+        spread = f"[{min(rates[name]):.0f}, {max(rates[name]):.0f}]"
+        peak = max(one.peak_bytes for one in own) / (1 << 20)
+        losses = f"{own[0].loss_before:.3f} {statistics.median(one.loss_after for one in own):.3f}"
+        ratio = f"{median / best:.2f} x" if best is not None else ""
+        print(f"{name:<32} {median:>9.0f}   {spread:<16} {peak:>8.0f} {losses:>14}   {ratio}")
+    if best is not None:
+        print(f"\ngoal: {GOAL} x the best peer, at equal loss after equal tokens")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--systems", nargs="+", default=list(BY_DEFAULT))
+    parser.add_argument(
+        "--steps", type=int, default=24, help=f"optimizer steps; the first {WARM_UP_STEPS} are not timed"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/training.json"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.steps <= WARM_UP_STEPS + 1:
+        parser.error(f"--steps {options.steps}: more than {WARM_UP_STEPS + 1} are needed")
+    return options
+
+
+if __name__ == "__main__":
+    main()
