@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
+.PHONY: setup demo test lint unit test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
 BIN := .venv/bin
 
 setup:
@@ -17,10 +17,13 @@ lint: setup
 	$(BIN)/lint-imports
 
 unit: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not trainer" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+test-trainer: setup
+	$(BIN)/python -m pytest -m trainer -s tests/trainer_runs
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -1,0 +1,113 @@
+"""The real runs on the default backbone: tasks whose margin over it is stated, every other recipe for a few steps.
+
+`make test-trainer`, about half an hour on 2 cores. The outputs stay in results/trainer_runs, with their metrics; a table
+of them is printed at the end.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from polyhead_trainer.config import RunConfig, parse_config
+from polyhead_trainer.demo_data import prepare
+from polyhead_trainer.recipe_book import find_recipe, recipes
+from polyhead_trainer.record import read_record
+from polyhead_trainer.run import run
+
+pytestmark = [pytest.mark.trainer, pytest.mark.timeout(3600)]
+
+MARGINS = {
+    "tweet_sentiment": ("choice_accuracy", 0.10),
+    "ui_spanish": ("chrf", 10.0),
+    "head": ("accuracy", 0.05),
+    "dpo_argentinian": ("preference_accuracy", 0.15),
+}
+"""By how much the tuned model must be better on held-out data than the backbone is."""
+MAX_FORGETTING = 1.5
+"""Largest ratio of the perplexities of general text, after to before."""
+IN_FULL = [*MARGINS, "full", "second_task_full", "second_task_same_adapter"]
+FOR_A_FEW_STEPS = [
+    recipe.name for recipe in recipes() if recipe.name not in IN_FULL and "bigscience" not in recipe.text
+]
+SHORT: dict[str, dict[str, Any]] = {
+    "training": {"max_steps": 6, "batch_size": 8},
+    "evaluate": {"max_examples": 32, "generate_examples": 2, "general_tokens": 512},
+}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    folder = Path("results/trainer_runs").resolve()
+    prepare(folder / "data")
+    yield folder
+    print_table(folder)
+
+
+def execute(name: str, *, short: bool) -> dict[str, Any]:
+    values: dict[str, Any] = tomllib.loads(find_recipe(name).text)
+    if short:
+        values["training"].pop("epochs", None)
+        for section, changes in SHORT.items():
+            known = {key: value for key, value in changes.items() if key != "general_tokens"}
+            values[section].update(changes if "general_text" in values[section] else known)
+        values["output"] += "-short"
+    config: RunConfig = parse_config(values, name)
+    run(config, Console(), overwrite=True)
+    record = read_record(config.output)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_task_is_learned_by_its_margin(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    record = execute(name, short=False)
+    measure, margin = MARGINS[name]
+    assert record["after"][measure] >= record["before"][measure] + margin
+    before, after = (record[moment]["general_perplexity"] for moment in ("before", "after"))
+    if before is not None:
+        assert after <= MAX_FORGETTING * before
+
+
+def test_adapters_of_their_own_forget_nothing_where_the_whole_model_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks in turn: what the first one's held-out loss is after the second was learned."""
+    monkeypatch.chdir(folder)
+    first = execute("full", short=False)
+    second = execute("second_task_full", short=False)
+    assert second["after"]["held_out_loss"] < second["before"]["held_out_loss"]
+    assert second["before"]["earlier_loss"] == pytest.approx(first["after"]["held_out_loss"], rel=0.2)
+    assert second["after"]["earlier_loss"] > second["before"]["earlier_loss"], "the whole model forgot nothing"
+    shared = execute("second_task_same_adapter", short=False)
+    assert shared["after"]["earlier_loss"] < shared["before"]["earlier_loss"], "the first task is still known a little"
+
+
+@pytest.mark.parametrize("name", FOR_A_FEW_STEPS)
+def test_a_recipe_lowers_the_loss_in_a_few_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    record = execute(name, short=True)
+    losses = [report["loss"] for report in record["curve"]]
+    assert min(losses[3:]) < losses[0]
+
+
+def print_table(folder: Path) -> None:
+    print("\nrecipe                      trained        steps  seconds  measure: backbone -> tuned")
+    for directory in sorted((folder / "runs").iterdir()):
+        record = read_record(directory)
+        if record is None:
+            continue
+        before, after = record["before"], record["after"]
+        figures = ", ".join(
+            f"{name} {before[name]:.3f} -> {value:.3f}"
+            for name, value in after.items()
+            if isinstance(value, float) and before[name] is not None
+        )
+        trained, steps = record["trainable"]["num_trainable"], len(record["curve"])
+        print(f"{directory.name:<26} {trained:>12,}  {steps:>5}  {record['train_seconds']:>7.0f}  {figures}")
