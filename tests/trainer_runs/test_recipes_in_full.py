@@ -1,7 +1,7 @@
 """The real runs on the default backbone: tasks whose margin over it is stated, every other recipe for a few steps.
 
-`make test-trainer`, about half an hour on 2 cores. The outputs stay in results/trainer_runs, with their metrics; a table
-of them is printed at the end.
+`make test-trainer`, about half an hour on 2 cores. The outputs stay in results/trainer_runs, with their metrics; a
+table of them is printed at the end.
 """
 
 from __future__ import annotations
