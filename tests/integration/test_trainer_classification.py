@@ -182,7 +182,7 @@ def test_other_architectures_have_heads_too(tmp_path: Path, kind: str) -> None:
 def test_what_does_not_fit_the_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set task = classification, not completion"):
         configuration(tmp_path, ADAPTERS["head"], "task=completion")
-    with pytest.raises(ConfigError, match=r"evaluate\.general_text measures a language model"):
+    with pytest.raises(ConfigError, match=r"evaluate\.general_text and evaluate\.earlier measure a language model"):
         configuration(tmp_path, ADAPTERS["head"], 'evaluate.general_text="x.txt"')
     with pytest.raises(DataError, match=r"train\.jsonl:1: label 'bad': expected one of flat, good"):
         run_quietly(configuration(tmp_path, ADAPTERS["head"], 'data.labels=["flat", "good"]'))

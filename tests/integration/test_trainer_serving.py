@@ -59,7 +59,7 @@ def test_served_log_probabilities_are_the_runs_own(
     folder = tmp_path / "adapters"
     for name in names:
         shutil.copytree(root / "adapters" / name, folder / name)
-    settings = {"quantization": quantization, "kv_dtype": "float32"}
+    settings = {"quantization": quantization, "kv_dtype": "float32", "adapter_dtype": "float32"}
     with (
         RunningServer(
             tmp_path / "log", backbone=root / "backbone", cache=root / "cache", adapters=folder, **settings
