@@ -25,7 +25,7 @@ from server_process import ServerProcess
 import polyhead_trainer
 from polyhead_client import Adapter, Client, Generation, ServerInfo
 from polyhead_trainer.config import load_config
-from polyhead_trainer.data import hash_files
+from polyhead_trainer.data import hash_sources
 from polyhead_trainer.record import package_versions, read_record
 from polyhead_trainer.report import FORMS
 
@@ -105,7 +105,7 @@ def is_current(record: dict[str, Any], recipe: Path, output: str, folder: Path) 
     files = [folder / file for file in (*config.data.train, *config.data.held_out)]
     return (
         record["config"] == config.model_dump(mode="json")
-        and record["data"]["sha256"] == hash_files(files)
+        and record["data"]["sha256"] == hash_sources(files)
         and record["versions"] == package_versions()
     )
 

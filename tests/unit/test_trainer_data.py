@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from polyhead_trainer.batching import collate, epoch_order
-from polyhead_trainer.data import EncodedExample, check_disjoint, encode, load_examples, read_jsonl
+from polyhead_trainer.data import EncodedExample, check_disjoint, encode, load_examples, read_examples
 from polyhead_trainer.errors import DataError
 from tiny import tokenizer
 
@@ -29,7 +29,7 @@ def write(path: Path, *records: Any) -> Path:
 
 
 def encoded(path: Path, made: PreTrainedTokenizerFast, *records: Any) -> list[EncodedExample]:
-    return [encode(example, made) for example in read_jsonl(write(path, *records))]
+    return [encode(example, made) for example in read_examples([write(path, *records)])]
 
 
 def learned(item: EncodedExample, made: PreTrainedTokenizerFast) -> str:
@@ -110,7 +110,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, pad_i
 def test_bad_lines_are_named_by_file_line_and_field(tmp_path: Path, line: Any, said: str) -> None:
     file = write(tmp_path / "d.jsonl", {"prompt": "p", "completion": "c"}, line)
     with pytest.raises(DataError) as caught:
-        read_jsonl(file)
+        list(read_examples([file]))
     assert said in caught.value.message
 
 
@@ -119,7 +119,7 @@ def test_missing_empty_and_binary_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
     for name in ("absent.jsonl", "empty.jsonl", "binary.jsonl"):
         with pytest.raises(DataError, match=name):
-            read_jsonl(tmp_path / name)
+            list(read_examples([tmp_path / name]))
 
 
 def test_too_long_examples_are_left_out_and_counted(tmp_path: Path, pad_is_end: PreTrainedTokenizerFast) -> None:

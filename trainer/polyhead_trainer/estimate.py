@@ -110,8 +110,10 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     cache = config.backbone.cache_dir or default_cache_dir()
     directory = resolve_source(config.backbone.source, cache)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    train = load_examples(config.data.train, tokenizer, config.data.max_length).examples
-    held_out = load_examples(config.data.held_out, tokenizer, config.data.max_length).examples
+    train = load_examples(config.data.train, tokenizer, config.data.max_length, columns=config.data.columns).examples
+    held_out = load_examples(
+        config.data.held_out, tokenizer, config.data.max_length, columns=config.data.columns
+    ).examples
     batch = largest_micro_batch(config, train, nproc)
     model = empty_backbone(directory, config.backbone)
     buffers = sum({id(buffer): buffer.nbytes for buffer in model.buffers()}.values())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.data import EncodedData, hash_files
+from polyhead_trainer.data import EncodedData, hash_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,7 @@ class BackboneFacts:
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
     sha256: str
-    """Over the contents of all training and held-out files."""
+    """Over the contents of all training and held-out data; of data sets of the hub, over their fingerprints."""
     num_train: int
     num_held_out: int
     num_too_long: int
@@ -60,7 +60,7 @@ class DataFacts:
     @classmethod
     def of(cls, config: RunConfig, train: EncodedData, held_out: EncodedData) -> DataFacts:
         return cls(
-            sha256=hash_files([*config.data.train, *config.data.held_out]),
+            sha256=hash_sources([*config.data.train, *config.data.held_out]),
             num_train=len(train.examples),
             num_held_out=len(held_out.examples),
             num_too_long=train.num_too_long + held_out.num_too_long,

@@ -77,7 +77,9 @@ def measure(subject: Subject) -> Measured:
         content_hash = files.content_hash
         _check_fingerprint(subject, files.backbone_fingerprint, backbone.fingerprint)
     task = open_task(config, backbone)
-    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
+    held_out = load_examples(
+        config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
+    )
     evaluator = task.evaluator(held_out.examples)
     before = evaluator.measure(task.backbone.model)
     after = evaluator.measure(task.reload(subject.adapter))

@@ -125,8 +125,12 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
         backbone = backbones.load(config.backbone if ranks.size == 1 else backbones.on_host(config.backbone))
     task = open_task(config, backbone)
     config = config.with_labels(task.labels)
-    train = load_examples(config.data.train, backbone.tokenizer, config.data.max_length, task.encode)
-    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
+    train = load_examples(
+        config.data.train, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
+    )
+    held_out = load_examples(
+        config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
+    )
     check_disjoint(train.examples, held_out.examples)
     evaluator = task.evaluator(held_out.examples)
 

@@ -54,7 +54,7 @@ class RunIdentity:
             if self.settings.get(name) != saved.settings.get(name)
         ]
         if self.data_sha256 != saved.data_sha256:
-            changes.append("the contents of the data files are others")
+            changes.append("the contents of the data are others")
         if self.backbone_fingerprint != saved.backbone_fingerprint:
             changes.append("the backbone's weights are others")
         if changes:

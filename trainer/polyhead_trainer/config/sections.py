@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from polyhead_trainer.config.adapter import AdapterSettings, LoraSettings
 from polyhead_trainer.config.base import Count, Fraction, Positive, Section
+from polyhead_trainer.data.forms import FIELDS
 
 
 class BackboneSection(Section):
@@ -25,11 +26,18 @@ class BackboneSection(Section):
 
 
 class DataSection(Section):
-    train: list[Path]
-    """JSONL files to learn from: {"prompt": ..., "completion": ...} or {"messages": [...]} on every line; for
-    classification {"text": ..., "label": ...}, for preferences {"prompt": ..., "chosen": ..., "rejected": ...}."""
-    held_out: list[Path]
-    """JSONL files to measure on, before and after. No example may be in both."""
+    train: Annotated[list[str], Field(min_length=1)]
+    """What to learn from; each entry is a file (.jsonl, .json with an object on every line, .parquet, .csv, .tsv), a
+    directory of such files or one made by `save_to_disk` (with several splits: DIRECTORY:SPLIT), or a data set of the
+    Hugging Face hub (hub:NAME, hub:NAME:SPLIT, hub:NAME:CONFIGURATION:SPLIT; a SPLIT may be a slice, train[:80%]).
+    Every record has the fields prompt and completion, or messages alone (a list of {"role": ..., "content": ...}); for
+    classification text and label; for preferences prompt, chosen and rejected."""
+    held_out: Annotated[list[str], Field(min_length=1)]
+    """What to measure on, before and after; entries as in train. No example may be in both."""
+    columns: dict[str, str] = {}
+    """Where the data name their columns otherwise: which column holds which field, all fields of the form, such as
+    {prompt = "question", completion = "answer"}; columns that are not named are ignored. Unset: a record has the fields
+    alone. A record that has exactly the fields' names is taken as it is."""
     max_length: Positive = 512
     """Examples of more tokens are left out, and counted."""
     labels: list[str] = []
@@ -40,6 +48,14 @@ class DataSection(Section):
     """Where the data comes from, for the model card."""
     license: str = ""
     """The data's licence, for the model card."""
+
+    @field_validator("columns")
+    @classmethod
+    def _of_one_form(cls, columns: dict[str, str]) -> dict[str, str]:
+        if columns and not any(set(columns) == set(fields) for fields in FIELDS):
+            forms = "; ".join(" and ".join(fields) for fields in FIELDS)
+            raise ValueError(f"expected a column for every field of one form: {forms}")
+        return columns
 
 
 class TrainingSection(Section):

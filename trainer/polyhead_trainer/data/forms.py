@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from polyhead_trainer.data.examples import Example, Form
@@ -14,17 +15,21 @@ TEXT_FORMS: dict[tuple[str, ...], Form] = {
     ("prompt", "chosen", "rejected"): "preference",
 }
 """By the fields of a record, which are all texts."""
+FIELDS = (*TEXT_FORMS, ("messages",))
+"""Of each form."""
 
 
-def parse_record(record: Any, origin: str) -> Example:
-    """Raises DataError naming the field; `origin` says where the record is from."""
+def parse_record(record: Any, origin: str, columns: Mapping[str, str] = {}) -> Example:
+    """`origin` says where the record is from, `columns` where it has its fields. Raises DataError naming the field."""
     if not isinstance(record, dict):
         raise DataError(f"{origin}: expected an object, got {type(record).__name__}")
+    if columns:
+        record = _fields(record, origin, columns)
     if set(record) == {"messages"}:
         return Example(origin=origin, messages=_messages(record["messages"], origin), form="messages")
     for fields, form in TEXT_FORMS.items():
         if set(record) == set(fields):
-            texts = [_text(record[name], f"{origin}: {name}") for name in fields]
+            texts = [_text(_plain(record[name], name), f"{origin}: {name}") for name in fields]
             if len(texts) == 3 and texts[1] == texts[2]:
                 raise DataError(f"{origin}: chosen and rejected are the same text: nothing is preferred")
             rejected = texts[2] if len(texts) == 3 else ""
@@ -32,7 +37,27 @@ def parse_record(record: Any, origin: str) -> Example:
     known = "; ".join(" and ".join(f'"{name}"' for name in fields) for fields in TEXT_FORMS)
     raise DataError(
         f'{origin}: expected the fields {known}; or "messages" alone; got {", ".join(map(repr, record)) or "none"}'
+        f"{'' if columns else '; data.columns says which columns hold them'}"
     )
+
+
+def _fields(record: dict[str, Any], origin: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """What `columns` names, under our names. A record that has our names is taken as it is: sources may differ."""
+    absent = {field: column for field, column in columns.items() if column not in record}
+    if not absent:
+        return {field: record[column] for field, column in columns.items()}
+    if set(record) == set(columns):
+        return record
+    field, column = next(iter(absent.items()))
+    raise DataError(
+        f"{origin}: no {column!r}, which data.columns names for {field!r}; there are "
+        f"{', '.join(map(repr, record)) or 'none'}"
+    )
+
+
+def _plain(value: Any, field: str) -> Any:
+    """Classes are often numbers; every label is a text here."""
+    return str(value) if field == "label" and type(value) is int else value
 
 
 def _messages(value: Any, origin: str) -> tuple[dict[str, str], ...]:

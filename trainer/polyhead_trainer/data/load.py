@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyhead_trainer.data.encode import encode
 from polyhead_trainer.data.examples import EncodedData, EncodedExample, Example
-from polyhead_trainer.data.read import read_jsonl
+from polyhead_trainer.data.read import read_examples
 from polyhead_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,13 +19,19 @@ Encoding = Callable[[Example, "PreTrainedTokenizerBase"], EncodedExample]
 
 
 def load_examples(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_length: int, encoding: Encoding = encode
+    entries: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    encoding: Encoding = encode,
+    columns: Mapping[str, str] = {},
 ) -> EncodedData:
-    """`encoding`: the task's; unset: completions. Raises DataError."""
-    examples = [encoding(example, tokenizer) for file in files for example in read_jsonl(file)]
+    """`entries` and `columns` as in the settings; `encoding`: the task's; unset: completions. Raises DataError."""
+    examples = [encoding(example, tokenizer) for example in read_examples(entries, columns)]
     fitting = [example for example in examples if example.width <= max_length]
     if not fitting:
-        raise DataError(f"{', '.join(map(str, files))}: every example is longer than max_length = {max_length} tokens")
+        raise DataError(
+            f"{', '.join(map(str, entries))}: every example is longer than max_length = {max_length} tokens"
+        )
     return EncodedData(examples=fitting, num_too_long=len(examples) - len(fitting))
 
 

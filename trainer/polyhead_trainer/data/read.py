@@ -1,41 +1,43 @@
-"""From files to examples. Owns the formats of files; what a record means is in `forms`."""
+"""From sources to examples, one at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from polyhead_trainer.data.examples import Example
 from polyhead_trainer.data.forms import parse_record
+from polyhead_trainer.data.rows import Row
+from polyhead_trainer.data.sources import open_sources
 from polyhead_trainer.errors import DataError
 
 
-def read_jsonl(file: Path) -> list[Example]:
-    """Raises DataError naming file, line and field."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
-    places = [(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    examples = [parse_record(_json(line, origin), origin) for line, origin in places]
-    if not examples:
-        raise DataError(f"{file} holds no examples")
-    return examples
+def read_examples(entries: Iterable[str | Path], columns: Mapping[str, str] = {}) -> Iterator[Example]:
+    """`entries` as in `data.train`; `columns` as in `data.columns`.
+
+    Raises DataError naming file and line, or data set and row, and the field.
+    """
+    for source in open_sources(entries):
+        is_empty = True
+        for row in source.rows():
+            is_empty = False
+            yield parse_row(row, columns)
+        if is_empty:
+            raise DataError(f"{source.name} holds no examples")
 
 
-def _json(line: str, origin: str) -> Any:
+def parse_row(row: Row, columns: Mapping[str, str] = {}) -> Example:
+    """Raises DataError."""
+    record = row.content if isinstance(row.content, dict) else _json(row.content, row.origin)
+    return parse_record(record, row.origin, columns)
+
+
+def _json(line: bytes, origin: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8: {error}") from error
     except ValueError as error:
         raise DataError(f"{origin}: not valid JSON: {error}") from error
-
-
-def hash_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the files' contents in their order: the identity of the data, recorded with the adapter."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from polyhead_core.backbone import Backbone
 from polyhead_trainer import scores
 from polyhead_trainer.batching import collate
 from polyhead_trainer.config import EvaluateSection, RunConfig
-from polyhead_trainer.data import EncodedExample, Example, read_jsonl
+from polyhead_trainer.data import EncodedExample, Example, read_examples
 from polyhead_trainer.data.encode import expect_form
 from polyhead_trainer.errors import DataError
 from polyhead_trainer.evaluate import Measures, by_length
@@ -149,21 +149,20 @@ class ClassificationTask:
 
 def classification(config: RunConfig, backbone: Backbone) -> ClassificationTask:
     """Raises BackboneError for an architecture without a classifier, DataError."""
-    labels = config.data.labels or labels_of(config.data.train)
+    labels = config.data.labels or labels_of(config.data.train, config.data.columns)
     hidden = getattr(config.adapter, "hidden", [])
     model = classifier(backbone, labels, hidden=hidden, seed=config.training.seed)
     dressed = dataclasses.replace(backbone, model=model)
     return ClassificationTask(backbone=dressed, labels=labels, settings=config.evaluate)
 
 
-def labels_of(files: Sequence[Path]) -> list[str]:
-    """The labels in the files, the most frequent first: a head of zeros, which names the first, is then as good as
+def labels_of(entries: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """The labels in the data, the most frequent first: a head of zeros, which names the first, is then as good as
     always naming the commonest. Raises DataError."""
     counts: Counter[str] = Counter()
-    for file in files:
-        for example in read_jsonl(file):
-            expect_form(example, "classification")
-            counts[example.reference] += 1
+    for example in read_examples(entries, columns):
+        expect_form(example, "classification")
+        counts[example.reference] += 1
     if len(counts) < 2:
-        raise DataError(f"{', '.join(map(str, files))}: {len(counts)} label: expected at least two")
+        raise DataError(f"{', '.join(entries)}: {len(counts)} label: expected at least two")
     return sorted(counts, key=lambda label: (-counts[label], label))
