@@ -109,7 +109,7 @@ def test_a_checkpoint_is_neither_ignored_nor_given_to_another_run(tmp_path: Path
     data = file.parent / "train.jsonl"
     text = data.read_text()
     data.write_text(text.replace("grass", "trees"))
-    with pytest.raises(ResumeRefused, match="contents of the data files"):
+    with pytest.raises(ResumeRefused, match="contents of the data"):
         run(load_config(file), quiet, resume=True)
     data.write_text(text)
     run(load_config(file, ["title=Colours", "evaluate.show=0"]), quiet, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead_trainer.data import EncodedExample
+from polyhead_trainer.data import EncodedExample, ExampleStream
 
 WINDOW_BATCHES = 8
 """Batches are cut from windows of this many, sorted by length: little padding, and still another mix in every epoch."""
@@ -58,16 +59,23 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 
 
 def steps(
-    examples: Sequence[EncodedExample], *, batch_size: int, seed: int, num_steps: int
+    examples: Sequence[EncodedExample] | ExampleStream, *, batch_size: int, seed: int, num_steps: int, done: int = 0
 ) -> Iterator[list[EncodedExample]]:
-    """The examples of each of `num_steps` optimizer steps, over as many epochs as that takes."""
+    """The examples of each of `num_steps` optimizer steps without the first `done`, over as many epochs as that takes.
+
+    A stream goes on where it stands, which must be after `done` steps.
+    """
+    if isinstance(examples, ExampleStream):
+        assert examples.position.step == done, "a stream's position is restored with the rest of a run"
+        return examples.steps(batch_size=batch_size, window_batches=WINDOW_BATCHES, seed=seed, num_steps=num_steps)
+    return itertools.islice(_epochs(examples, batch_size, seed), done, num_steps)
+
+
+def _epochs(examples: Sequence[EncodedExample], batch_size: int, seed: int) -> Iterator[list[EncodedExample]]:
     lengths = [len(example) for example in examples]
-    taken, epoch = 0, 0
-    while taken < num_steps:
-        for batch in epoch_order(lengths, batch_size, seed, epoch)[: num_steps - taken]:
+    for epoch in itertools.count():
+        for batch in epoch_order(lengths, batch_size, seed, epoch):
             yield [examples[index] for index in batch]
-            taken += 1
-        epoch += 1
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:

@@ -30,12 +30,13 @@ from polyhead_trainer import methods
 from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import steps
 from polyhead_trainer.config import BackboneSection, ParallelSection, RunConfig, TrainingSection
-from polyhead_trainer.data import EncodedExample, load_examples
+from polyhead_trainer.data import EncodedExample, ExampleStream, encode
 from polyhead_trainer.decoder_layers import transformer_layers
 from polyhead_trainer.evaluate import BATCH_SIZE, WINDOW_TOKENS
 from polyhead_trainer.optimizers import state_bytes
 from polyhead_trainer.parallel import Ranks, check_possible, layer_class, micro_batches
 from polyhead_trainer.schedule import count_steps
+from polyhead_trainer.training_data import open_data
 
 FLOAT32_BYTES = 4
 LOGIT_COPIES = 3
@@ -110,11 +111,8 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     cache = config.backbone.cache_dir or default_cache_dir()
     directory = resolve_source(config.backbone.source, cache)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    train = load_examples(config.data.train, tokenizer, config.data.max_length, columns=config.data.columns).examples
-    held_out = load_examples(
-        config.data.held_out, tokenizer, config.data.max_length, columns=config.data.columns
-    ).examples
-    batch = largest_micro_batch(config, train, nproc)
+    data = open_data(config.data, tokenizer, encode)
+    batch = largest_micro_batch(config, data.examples, nproc)
     model = empty_backbone(directory, config.backbone)
     buffers = sum({id(buffer): buffer.nbytes for buffer in model.buffers()}.values())
     untouched = _num_bytes(model)
@@ -125,6 +123,7 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
     vocabulary = int(model.config.vocab_size)
     training = config.training
     logits = batch.num_labels * vocabulary
+    held_out_rows = _evaluation_rows(config, data.held_out.examples)
     return Estimate(
         weights=weights,
         adapter=(_num_bytes(wrapped) - untouched) // num_shards,
@@ -132,7 +131,7 @@ def estimate(config: RunConfig, *, nproc: int = 1) -> Estimate:
         optimizer=state_bytes(training.optimizer, parameters, training) // num_shards,
         activations=activation_bytes(wrapped, batch, training),
         logits=LOGIT_COPIES * min(logits, training.logit_chunk or logits) * FLOAT32_BYTES,
-        evaluation_logits=EVALUATION_LOGIT_COPIES * _evaluation_rows(config, held_out) * vocabulary * FLOAT32_BYTES,
+        evaluation_logits=EVALUATION_LOGIT_COPIES * held_out_rows * vocabulary * FLOAT32_BYTES,
         gathered=_gathered_bytes(wrapped, config.parallel) if num_shards > 1 else 0,
         batch=batch,
     )
@@ -146,7 +145,9 @@ def _gathered_bytes(model: nn.Module, settings: ParallelSection) -> int:
     return sum(outside.values()) + min(2, len(layers)) * largest
 
 
-def largest_micro_batch(config: RunConfig, examples: list[EncodedExample], nproc: int = 1) -> MicroBatch:
+def largest_micro_batch(
+    config: RunConfig, examples: list[EncodedExample] | ExampleStream, nproc: int = 1
+) -> MicroBatch:
     """Of the batches that the run will really make, on any of its ranks, the one with most tokens."""
     settings = config.training
     plan = steps(

@@ -14,7 +14,7 @@ from torch import nn
 from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import steps
 from polyhead_trainer.config import TrainingSection
-from polyhead_trainer.data import EncodedExample
+from polyhead_trainer.data import EncodedExample, ExampleStream
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.methods import Tuned, trained_parameters
 from polyhead_trainer.neftune import noisy_embeddings
@@ -55,7 +55,7 @@ class TrainingLoop:
         self,
         tuned: Tuned,
         objective: Objective,
-        examples: Sequence[EncodedExample],
+        examples: Sequence[EncodedExample] | ExampleStream,
         settings: TrainingSection,
         parallel: Parallel | None = None,
     ) -> None:
@@ -92,11 +92,13 @@ class TrainingLoop:
 
     def _run(self, hooks: Sequence[Hook]) -> None:
         plan = steps(
-            self._examples, batch_size=self.settings.batch_size, seed=self.settings.seed, num_steps=self.num_steps
+            self._examples,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            num_steps=self.num_steps,
+            done=self.step,
         )
-        for position, chosen in enumerate(plan):
-            if position < self.step:
-                continue
+        for chosen in plan:
             report = self._step(chosen)
             for hook in hooks:
                 hook.after_step(self, report)

@@ -10,7 +10,7 @@ each run compares packed logits with separate ones before it packs.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,10 +37,10 @@ OUTSIDE_SCOPE = ("softcap", "s_aux", "position_bias")
 """Arguments by which a model asks for another attention than softmax(q k) v."""
 
 
-def prepare_packing(model: nn.Module, examples: Sequence[EncodedExample], pad_id: int) -> None:
+def prepare_packing(model: nn.Module, examples: Iterable[EncodedExample], pad_id: int) -> None:
     """Makes `model` take packed batches besides padded ones. Raises ConfigError where packing would not be exact.
 
-    The two longest examples are tried, so that sliding windows act wherever the data reach them.
+    The two longest of `examples` are tried, so that sliding windows act wherever these reach them.
     """
     _refuse_virtual_tokens(model)
     backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -78,10 +78,9 @@ def prepare_packing(model: nn.Module, examples: Sequence[EncodedExample], pad_id
     )
 
 
-def _two_longest(examples: Sequence[EncodedExample]) -> tuple[EncodedExample, EncodedExample]:
-    lengths = list(map(len, examples))
-    longest = heapq.nlargest(2, range(len(lengths)), key=lengths.__getitem__)
-    return examples[longest[0]], examples[longest[-1]]
+def _two_longest(examples: Iterable[EncodedExample]) -> tuple[EncodedExample, EncodedExample]:
+    longest = heapq.nlargest(2, examples, key=len)
+    return longest[0], longest[-1]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.data import EncodedData, hash_sources
+from polyhead_trainer.data import EncodedData, ExampleStream, hash_sources
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,20 +52,28 @@ class DataFacts:
     sha256: str
     """Over the contents of all training and held-out data; of data sets of the hub, over their fingerprints."""
     num_train: int
+    """With data.streaming: records, those that are too long included."""
     num_held_out: int
     num_too_long: int
-    """Examples left out, of both."""
-    num_train_tokens: int
+    """Examples left out, of both; with data.streaming of those that training met in its first epoch."""
+    num_train_tokens: int | None
+    """Unknown with data.streaming."""
 
     @classmethod
-    def of(cls, config: RunConfig, train: EncodedData, held_out: EncodedData) -> DataFacts:
+    def of(cls, config: RunConfig, train: EncodedData | ExampleStream, held_out: EncodedData) -> DataFacts:
+        held = train if isinstance(train, EncodedData) else None
         return cls(
             sha256=hash_sources([*config.data.train, *config.data.held_out]),
-            num_train=len(train.examples),
+            num_train=len(train) if isinstance(train, ExampleStream) else len(train.examples),
             num_held_out=len(held_out.examples),
-            num_too_long=train.num_too_long + held_out.num_too_long,
-            num_train_tokens=train.num_tokens,
+            num_too_long=held_out.num_too_long + (held.num_too_long if held is not None else 0),
+            num_train_tokens=held.num_tokens if held is not None else None,
         )
+
+    def after(self, stream: ExampleStream | None) -> DataFacts:
+        """What is known after the last step."""
+        met = stream.position.num_too_long if stream is not None else 0
+        return dataclasses.replace(self, num_too_long=self.num_too_long + met)
 
 
 @dataclass(frozen=True, kw_only=True)

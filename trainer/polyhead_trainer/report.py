@@ -52,8 +52,9 @@ def print_plan(
         f"{backbone.num_parameters:,} parameters in {backbone.num_bytes:,} bytes",
         f"adapter    {config.adapter.describe()}: {trainable.num_trainable:,} trainable of "
         f"{trainable.num_total:,} parameters ({trainable.percentage:.3f} %), {trainable.trainable_bytes:,} bytes",
-        f"data       {data.num_train:,} examples to learn ({data.num_train_tokens:,} tokens), "
-        f"{data.num_held_out:,} held out"
+        f"data       {data.num_train:,} examples to learn "
+        + (f"({data.num_train_tokens:,} tokens), " if data.num_train_tokens is not None else "(streamed), ")
+        + f"{data.num_held_out:,} held out"
         + (f", {data.num_too_long:,} left out as too long" if data.num_too_long else ""),
         f"training   {num_steps} steps of {config.training.batch_size} examples, learning rate "
         f"{config.training.learning_rate:g}",

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import Store
 from polyhead_trainer import backbones, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, Stateful, restore
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.data import check_disjoint, load_examples
+from polyhead_trainer.data import ExampleStream
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
@@ -30,6 +30,7 @@ from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, Trainab
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
+from polyhead_trainer.training_data import open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class _Prepared:
     """With the labels that the data have."""
     facts: BackboneFacts
     data: DataFacts
+    stream: ExampleStream | None
     trainable: TrainableFacts
     tuned: Tuned
     loop: TrainingLoop
@@ -99,7 +101,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     record = RunRecord(
         config=run.config,
         backbone=run.facts,
-        data=run.data,
+        data=run.data.after(run.stream),
         trainable=run.trainable,
         before=trained.saved.before,
         after=after,
@@ -125,14 +127,8 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
         backbone = backbones.load(config.backbone if ranks.size == 1 else backbones.on_host(config.backbone))
     task = open_task(config, backbone)
     config = config.with_labels(task.labels)
-    train = load_examples(
-        config.data.train, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
-    )
-    held_out = load_examples(
-        config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
-    )
-    check_disjoint(train.examples, held_out.examples)
-    evaluator = task.evaluator(held_out.examples)
+    data = open_data(config.data, backbone.tokenizer, task.encode)
+    evaluator = task.evaluator(data.held_out.examples)
 
     facts = BackboneFacts.of(backbone)
     num_untouched = count_shared(task.backbone.model, backbone.model)
@@ -140,14 +136,15 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
     if config.training.packing:
-        prepare_packing(tuned.model, train.examples, padding_id(backbone.tokenizer))
+        prepare_packing(tuned.model, data.sample(), padding_id(backbone.tokenizer))
     return _Prepared(
         config=config,
         facts=facts,
-        data=DataFacts.of(config, train, held_out),
+        data=DataFacts.of(config, data.train, data.held_out),
+        stream=data.stream,
         trainable=trainable,
         tuned=tuned,
-        loop=TrainingLoop(tuned, task.objective(tuned), train.examples, config.training, parallel),
+        loop=TrainingLoop(tuned, task.objective(tuned), data.examples, config.training, parallel),
         evaluator=evaluator,
     )
 
@@ -159,6 +156,8 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     progress = TrainingProgress(console)
     watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
     stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch}
+    if run.stream is not None:
+        stateful["data"] = run.stream
     latest = checkpoints.latest()
     if latest is not None:
         identity.check_continues(SavedRun.read(latest).identity, latest)

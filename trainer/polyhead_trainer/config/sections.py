@@ -38,6 +38,12 @@ class DataSection(Section):
     """Where the data name their columns otherwise: which column holds which field, all fields of the form, such as
     {prompt = "question", completion = "answer"}; columns that are not named are ignored. Unset: a record has the fields
     alone. A record that has exactly the fields' names is taken as it is."""
+    streaming: bool = False
+    """Read, shuffle and encode training examples on the way, where memory cannot hold them; all records are read and
+    checked once before the first step. Needs training.max_steps. Held-out data are always held."""
+    shuffle_buffer: Positive = 10_000
+    """With streaming: records that are held to be drawn from at random; the order of the files is random too. Data
+    sorted by kind want a buffer larger than a kind's stretch."""
     max_length: Positive = 512
     """Examples of more tokens are left out, and counted."""
     labels: list[str] = []
@@ -207,6 +213,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _task_fits(self) -> RunConfig:
         method = self.adapter.method
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError(
+                "data.streaming = true: nobody knows how many examples an epoch has before all are encoded: set "
+                "training.max_steps in place of training.epochs"
+            )
         if method == "head" and self.task != "classification":
             raise ValueError(f"adapter.method = head trains a classifier: set task = classification, not {self.task}")
         if self.task == "seq2seq":

@@ -6,11 +6,13 @@ from polyhead_trainer.data.load import check_disjoint, load_examples
 from polyhead_trainer.data.read import parse_row, read_examples
 from polyhead_trainer.data.rows import Row, Source
 from polyhead_trainer.data.sources import hash_sources, open_sources
+from polyhead_trainer.data.stream import ExampleStream
 
 __all__ = [
     "EncodedData",
     "EncodedExample",
     "Example",
+    "ExampleStream",
     "Row",
     "Source",
     "check_disjoint",

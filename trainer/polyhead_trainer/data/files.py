@@ -14,6 +14,8 @@ from polyhead_trainer.errors import DataError
 
 PARQUET_ROWS = 256
 """Rows that are made into Python objects at a time."""
+PARQUET_BUFFER_BYTES = 2**20
+"""Read ahead in each column: without it, pyarrow holds all of a group of rows, which can be all of the file."""
 MAX_CSV_FIELD_CHARACTERS = 2**31 - 1
 """A C long is 32 bits wide on some systems."""
 
@@ -97,7 +99,7 @@ def _parquet(file: IO[bytes], name: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        table = ParquetFile(file)
+        table = ParquetFile(file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
         named = labels_by_name(table.schema_arrow)
         number = 0
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):

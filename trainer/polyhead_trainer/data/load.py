@@ -37,9 +37,12 @@ def load_examples(
 
 def check_disjoint(train: Iterable[EncodedExample], held_out: Iterable[EncodedExample]) -> None:
     """Raises DataError where a held-out example is learned as well: what is measured on it would be worth nothing."""
-    learned = {item.example.identity: item.example.origin for item in train}
-    for item in held_out:
-        if item.example.identity in learned:
-            raise DataError(
-                f"{item.example.origin}: this held-out example is learned too: {learned[item.example.identity]}"
-            )
+    check_not_learned((item.example for item in train), (item.example for item in held_out))
+
+
+def check_not_learned(learned: Iterable[Example], held_out: Iterable[Example]) -> None:
+    """As check_disjoint. Goes through all of `learned` once and holds none of them."""
+    origins = {example.identity: example.origin for example in held_out}
+    for example in learned:
+        if example.identity in origins:
+            raise DataError(f"{origins[example.identity]}: this held-out example is learned too: {example.origin}")
