@@ -30,8 +30,9 @@ class DataSection(Section):
     """What to learn from; each entry is a file (.jsonl, .json with an object on every line, .parquet, .csv, .tsv), a
     directory of such files or one made by `save_to_disk` (with several splits: DIRECTORY:SPLIT), or a data set of the
     Hugging Face hub (hub:NAME, hub:NAME:SPLIT, hub:NAME:CONFIGURATION:SPLIT; a SPLIT may be a slice, train[:80%]).
-    Every record has the fields prompt and completion, or messages alone (a list of {"role": ..., "content": ...}); for
-    classification text and label; for preferences prompt, chosen and rejected."""
+    Every record has the fields prompt and completion, or messages alone (a list of {"role": ..., "content": ...}, of
+    which every answer of the assistant is learned); for classification text and label; for preferences prompt, chosen
+    and rejected."""
     held_out: Annotated[list[str], Field(min_length=1)]
     """What to measure on, before and after; entries as in train. No example may be in both."""
     columns: dict[str, str] = {}

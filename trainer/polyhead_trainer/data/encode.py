@@ -39,30 +39,41 @@ def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
-    """By turns what is given and what the assistant says, its end token included."""
+    """By turns what is given and what the assistant says, its end token included. What the assistant opens a
+    conversation with is given: nothing was asked."""
     messages = list(example.messages)
     pieces: list[tuple[str, bool]] = []
     done = ""
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn == 0:
             continue
-        given = _render(messages[:turn], tokenizer, answer_next=True)
-        answered = _render(messages[: turn + 1], tokenizer, answer_next=False)
+        where = f"{example.origin}: messages[{turn}]"
+        given = _render(messages[:turn], tokenizer, where, answer_next=True)
+        answered = _render(messages[: turn + 1], tokenizer, where, answer_next=False)
         end = answered.find(tokenizer.eos_token, len(given) + len(message["content"].strip()))
         if end < 0 or not (given.startswith(done) and answered.startswith(given)):
             raise DataError(
-                f"{example.origin}: messages[{turn}]: the chat template does not lay this answer out as a continuation "
-                f"that ends in {tokenizer.eos_token}; give such data as prompt and completion"
+                f"{where}: the chat template does not lay this answer out as a continuation that ends in "
+                f"{tokenizer.eos_token}; give such data as prompt and completion"
             )
         answer_end = end + len(tokenizer.eos_token)
         pieces += [(given[len(done) :], False), (answered[len(given) : answer_end], True)]
         done = answered[:answer_end]
+    if not pieces:
+        raise DataError(f"{example.origin}: messages: expected something that the assistant answers")
     return [(tokenizer(text, add_special_tokens=False)["input_ids"], label) for text, label in pieces]
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, answer_next: bool) -> str:
+def _render(
+    messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, *, answer_next: bool
+) -> str:
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise DataError("the backbone's tokenizer has no chat template; give the data as prompt and completion")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next)
+    except TemplateError as error:  # templates refuse roles, and their order, of their own accord
+        raise DataError(f"{where}: the backbone's chat template refuses this conversation: {error}") from error
     assert isinstance(text, str)
     return text
