@@ -128,6 +128,23 @@ def merge(
 
 
 @app.command()
+def difference(
+    base: Annotated[str, typer.Argument(help="The backbone before: directory, .gguf file, hub id or `default`.")],
+    tuned: Annotated[str, typer.Argument(help="The same model after full fine-tuning.")],
+    out: Annotated[Path, typer.Option(help="Adapter directory to make.")],
+    rank: Annotated[int, typer.Option(help="Of the adapter, in every linear layer that changed.", min=1)],
+    device: Annotated[str, typer.Option(help="Where the singular values are computed: `cpu` or `cuda`.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Exports what a full fine-tune changed as a LoRA adapter of a given rank, and says what that loses."""
+    quiet_libraries()
+    from polyhead_trainer.difference import describe, export_difference
+
+    exported = export_difference(base, tuned, out, rank=rank, device=device)
+    typer.echo(exported.to_json() if as_json else "\n".join(describe(exported)))
+
+
+@app.command()
 def evaluate(
     subjects: Annotated[list[Path], typer.Argument(metavar="CONFIG|ADAPTER...", help="Runs, or adapters of runs.")],
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006

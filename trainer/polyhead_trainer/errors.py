@@ -10,6 +10,7 @@ PolyheadError
 ├── RankFailed         one of several processes died; the others were stopped
 ├── ConversionError    a checkpoint that cannot be converted: what was given, what was expected
 ├── MergeRefused       an adapter that cannot be merged into this backbone
+├── DifferenceRefused  two models whose difference cannot be exported as an adapter
 ├── TrainingDiverged   the loss is not a number any more: carries the step and its examples
 ├── OutOfMemory        a run that does not fit: what it needs by part, and the settings that need less
 └── MissingExtra       a package of the `trainer` extra is not installed
@@ -56,6 +57,10 @@ class ConversionError(PolyheadError):
 
 class MergeRefused(PolyheadError):
     reason = "MERGE_REFUSED"
+
+
+class DifferenceRefused(PolyheadError):
+    reason = "DIFFERENCE_REFUSED"
 
 
 class TrainingDiverged(PolyheadError):
