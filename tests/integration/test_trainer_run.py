@@ -101,7 +101,9 @@ def test_a_run_leaves_an_adapter_that_stock_peft_loads(tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "loss.png",
         METRICS_FILE,
+        "report.html",
     ]
     assert sorted(path.name for path in config.output.parent.iterdir()) == ["colours"]
 

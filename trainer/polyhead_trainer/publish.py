@@ -11,7 +11,9 @@ from polyhead_core.adapter_directory import CONFIG_FILE
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.card import model_card
 from polyhead_trainer.errors import OutputExists
+from polyhead_trainer.html_report import render
 from polyhead_trainer.methods import Tuned
+from polyhead_trainer.plots import loss_curve
 from polyhead_trainer.record import METRICS_FILE, RunRecord
 
 
@@ -58,6 +60,9 @@ def _write(tuned: Tuned, record: RunRecord, directory: Path) -> str:
     identity = tuned.save(directory, fingerprint=record.backbone.fingerprint, quantization=record.backbone.quantization)
     (directory / METRICS_FILE).write_text(record.to_json(), encoding="utf-8")
     (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+    curve = loss_curve(record)
+    (directory / "loss.png").write_bytes(curve)
+    (directory / "report.html").write_text(render(record, curve), encoding="utf-8")
     return identity
 
 

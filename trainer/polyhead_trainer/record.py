@@ -131,6 +131,8 @@ class RunRecord:
     num_ranks: int = 1
     rank_bytes: dict[str, dict[str, int]] | None = None
     """With several ranks: `held` by the main rank in its first step, and what a `replica` of DDP holds."""
+    energy_joules: dict[str, float] = dataclasses.field(default_factory=dict)
+    """While training, by counter: of the whole device, whatever else it did. Empty: none could be read."""
 
     def to_json(self) -> str:
         record: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -16,6 +16,7 @@ from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunId
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import ExampleStream
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
@@ -77,6 +78,7 @@ class _Trained:
     progress: TrainingProgress
     watch: HeldOutWatch
     memory: RankMemoryMeter
+    energy: EnergyMeter
     saved: SavedRun
     """As the run began, or where it was continued."""
     seconds: float
@@ -114,6 +116,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         peak_memory_bytes=peak_memory_bytes(run.loop.device),
         num_ranks=ranks.size,
         rank_bytes=trained.memory.as_dict() if ranks.size > 1 else None,
+        energy_joules=trained.energy.joules,
     )
     content = _publish(run.tuned, record, checkpoints, ranks, overwrite)
     report.print_outcome(console, record)
@@ -155,7 +158,8 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     identity = RunIdentity.of(config, run.data, run.facts)
     progress = TrainingProgress(console)
     watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
-    stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch}
+    energy = EnergyMeter(readable_counters(loop.device))
+    stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch, "energy": energy}
     if run.stream is not None:
         stateful["data"] = run.stream
     latest = checkpoints.latest()
@@ -171,9 +175,10 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
     last_good = LastGood(num_ranks=ranks.size)
     started = time.perf_counter()
+    energy.start()
     try:
         with progress:
-            loop.run([progress, watch, memory, last_good, checkpointer])
+            loop.run([progress, watch, memory, energy, last_good, checkpointer])
         checkpointer.wait()
     except TrainingDiverged as error:
         if ranks.is_main:
@@ -186,7 +191,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     if watch.restore_best(tuned):
         console.print(f"kept: the weights of step {watch.best_step}", highlight=False)
     seconds = saved.train_seconds + time.perf_counter() - started
-    return _Trained(progress=progress, watch=watch, memory=memory, saved=saved, seconds=seconds)
+    return _Trained(progress=progress, watch=watch, memory=memory, energy=energy, saved=saved, seconds=seconds)
 
 
 def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:

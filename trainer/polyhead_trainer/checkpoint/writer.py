@@ -26,7 +26,7 @@ from polyhead_trainer.parallel import Ranks
 from polyhead_trainer.storage import write_durably, writing
 
 STATE_FILE = "polyhead_run.json"
-SCHEMA = 1
+SCHEMA = 2
 """Raise when a checkpoint's files change their meaning."""
 
 
