@@ -80,7 +80,8 @@ def test_a_run_that_diverges_at_once_says_that_nothing_is_kept(tmp_path: Path, m
     config = configuration(tmp_path)
     with pytest.raises(TrainingDiverged, match="no earlier step had shown a finite loss"):
         run_quietly(config)
-    assert [path.name for path in config.output.parent.iterdir()] == ["colours.diverged.json"]
+    names = sorted(path.name for path in config.output.parent.iterdir())
+    assert names == ["colours.diverged.json", "colours.tensorboard"]
 
 
 def test_the_message_names_the_examples_that_are_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,7 @@ def test_a_second_failure_replaces_what_the_first_left(tmp_path: Path, monkeypat
         left.append((config.output.parent / "colours.last-good" / "adapter_model.safetensors").read_bytes())
     assert left[0] != left[1]
     names = sorted(path.name for path in config.output.parent.iterdir())
-    assert names == ["colours.diverged.json", "colours.last-good"]
+    assert names == ["colours.diverged.json", "colours.last-good", "colours.tensorboard"]
 
 
 def test_a_run_keeps_the_best_weights_and_says_so(tmp_path: Path) -> None:

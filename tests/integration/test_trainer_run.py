@@ -104,6 +104,7 @@ def test_a_run_leaves_an_adapter_that_stock_peft_loads(tmp_path: Path) -> None:
         "loss.png",
         METRICS_FILE,
         "report.html",
+        "tensorboard",
     ]
     assert sorted(path.name for path in config.output.parent.iterdir()) == ["colours"]
 

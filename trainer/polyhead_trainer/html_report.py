@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from polyhead_trainer.config import flat_settings
 from polyhead_trainer.record import RunRecord, TrainableFacts, package_versions
 from polyhead_trainer.report import FORMS
 
@@ -34,7 +33,7 @@ def render(record: RunRecord, loss_curve_png: bytes) -> str:
         answers=_answers(record),
         training=_training(record),
         data=_data(record),
-        settings=list(_settings(config.model_dump(mode="json"))),
+        settings=list(flat_settings(config).items()),
         versions=list(package_versions().items()),
     )
 
@@ -126,12 +125,3 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         ("left out as too long", f"{facts.num_too_long:,}"),
         ("SHA-256 of the files", facts.sha256),
     ]
-
-
-def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value as JSON)."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False)

@@ -15,6 +15,7 @@ from polyhead_trainer.html_report import render
 from polyhead_trainer.methods import Tuned
 from polyhead_trainer.plots import loss_curve
 from polyhead_trainer.record import METRICS_FILE, RunRecord
+from polyhead_trainer.tracking import EventFiles
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -28,14 +29,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputExists(f"{output} holds a finished run; choose another output, or replace it with --overwrite")
 
 
-def publish(tuned: Tuned, record: RunRecord, *, overwrite: bool) -> str:
-    """Writes the directory and returns its content hash. Raises OutputExists, ConfigError."""
+def publish(tuned: Tuned, record: RunRecord, events: EventFiles, *, overwrite: bool) -> str:
+    """Writes the directory, with a copy of `events`, and returns its content hash. Raises OutputExists, ConfigError."""
     output = record.config.output
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name with a dot in front: a server that watches the parent folder does not take it for an adapter.
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         identity = _write(tuned, record, staging)
+        events.publish(staging)
         check_output(output, overwrite)
         _replace(staging, output)
     finally:

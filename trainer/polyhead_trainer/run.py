@@ -31,6 +31,7 @@ from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, Trainab
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
+from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking, optional_trackers
 from polyhead_trainer.training_data import open_data
 
 
@@ -79,6 +80,7 @@ class _Trained:
     watch: HeldOutWatch
     memory: RankMemoryMeter
     energy: EnergyMeter
+    tracking: RunTracking
     saved: SavedRun
     """As the run began, or where it was continued."""
     seconds: float
@@ -88,6 +90,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     started = time.perf_counter()
     check_possible(config, ranks)
     check_output(config.output, overwrite)
+    check_tracking(config.tracking)
     checkpoints = CheckpointDirectory(config.output)
     if not resume:
         checkpoints.check_fresh()
@@ -99,6 +102,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     trained = _train(run, checkpoints, console, ranks)
     console.print("measuring the tuned model on the same examples")
     after = run.evaluator.measure(run.tuned.model)
+    trained.tracking.finish(after, run.loop.step)
 
     record = RunRecord(
         config=run.config,
@@ -159,7 +163,15 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     progress = TrainingProgress(console)
     watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
     energy = EnergyMeter(readable_counters(loop.device))
-    stateful: dict[str, Stateful] = {"progress": progress, "held_out_watch": watch, "energy": energy}
+    tracking = RunTracking(
+        [EventFiles(config.output), *optional_trackers(config.tracking)] if ranks.is_main else [], watch
+    )
+    stateful: dict[str, Stateful] = {
+        "progress": progress,
+        "held_out_watch": watch,
+        "energy": energy,
+        "tracking": tracking,
+    }
     if run.stream is not None:
         stateful["data"] = run.stream
     latest = checkpoints.latest()
@@ -176,9 +188,10 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     last_good = LastGood(num_ranks=ranks.size)
     started = time.perf_counter()
     energy.start()
+    tracking.begin(config, saved.before, progress.history)
     try:
-        with progress:
-            loop.run([progress, watch, memory, energy, last_good, checkpointer])
+        with progress, tracking.failing_with():
+            loop.run([progress, watch, memory, energy, tracking, last_good, checkpointer])
         checkpointer.wait()
     except TrainingDiverged as error:
         if ranks.is_main:
@@ -191,7 +204,15 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     if watch.restore_best(tuned):
         console.print(f"kept: the weights of step {watch.best_step}", highlight=False)
     seconds = saved.train_seconds + time.perf_counter() - started
-    return _Trained(progress=progress, watch=watch, memory=memory, energy=energy, saved=saved, seconds=seconds)
+    return _Trained(
+        progress=progress,
+        watch=watch,
+        memory=memory,
+        energy=energy,
+        tracking=tracking,
+        saved=saved,
+        seconds=seconds,
+    )
 
 
 def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:
@@ -201,9 +222,11 @@ def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, 
     content = ""
     gather_trained(tuned.model, ranks)
     if ranks.is_main:
+        events = EventFiles(record.config.output)
         with writing(record.config.output, kept):
-            content = publish(tuned, record, overwrite=overwrite)
+            content = publish(tuned, record, events, overwrite=overwrite)
         checkpoints.remove()
+        events.remove()
     ranks.barrier()
     return content
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from polyhead_trainer.config import RunConfig
+from polyhead_trainer.config import RunConfig, flat_settings
 from polyhead_trainer.errors import ResumeRefused
 from polyhead_trainer.record import BackboneFacts, DataFacts
 
@@ -21,6 +20,7 @@ CHANGES_NOTHING = (
     "evaluate.show",
     "checkpoint.",
     "parallel.",
+    "tracking.",
 )
 """Settings (a dot at the end: whole sections) that may differ between a run and its continuation. Other numbers of
 threads or ranks, or another way to share the work among them, change results in rounding alone."""
@@ -35,7 +35,7 @@ class RunIdentity:
 
     @classmethod
     def of(cls, config: RunConfig, data: DataFacts, backbone: BackboneFacts) -> RunIdentity:
-        settings = _flat(config.model_dump(mode="json"))
+        settings = flat_settings(config)
         return cls(
             settings={name: value for name, value in settings.items() if not _changes_nothing(name)},
             data_sha256=data.sha256,
@@ -66,13 +66,3 @@ class RunIdentity:
 
 def _changes_nothing(name: str) -> bool:
     return any(name == known or (known.endswith(".") and name.startswith(known)) for known in CHANGES_NOTHING)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found.update(_flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = json.dumps(value)
-    return found

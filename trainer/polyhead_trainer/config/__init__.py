@@ -14,7 +14,7 @@ from polyhead_trainer.config.adapter import (
     PromptSettings,
     PTuningSettings,
 )
-from polyhead_trainer.config.load import known_settings, load_config, parse_config
+from polyhead_trainer.config.load import flat_settings, known_settings, load_config, parse_config
 from polyhead_trainer.config.sections import (
     BackboneSection,
     CheckpointSection,
@@ -23,6 +23,7 @@ from polyhead_trainer.config.sections import (
     ParallelSection,
     PreferenceSection,
     RunConfig,
+    TrackingSection,
     TrainingSection,
 )
 
@@ -46,7 +47,9 @@ __all__ = [
     "PrefixSettings",
     "PromptSettings",
     "RunConfig",
+    "TrackingSection",
     "TrainingSection",
+    "flat_settings",
     "known_settings",
     "load_config",
     "parse_config",

@@ -94,6 +94,21 @@ def _nearest(path: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
+def flat_settings(config: RunConfig) -> dict[str, str]:
+    """Every setting of a run as JSON by its dotted name."""
+    return _flat(config.model_dump(mode="json"))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found.update(_flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
+    return found
+
+
 def known_settings() -> dict[tuple[str, ...], FieldInfo]:
     """Every setting by its path, sections first opened in the order in which they are declared."""
     found: dict[tuple[str, ...], FieldInfo] = {}

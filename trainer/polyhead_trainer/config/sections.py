@@ -190,6 +190,16 @@ class PreferenceSection(Section):
     """For task = preference, DPO's beta: the larger, the nearer the model stays to the backbone."""
 
 
+class TrackingSection(Section):
+    """Who else is told of the run; TensorBoard's event files are always written."""
+
+    mlflow: bool = False
+    """Log to MLflow, as its own environment variables say (MLFLOW_TRACKING_URI, ...). Needs the extra `mlflow`."""
+    wandb: bool = False
+    """Log to Weights & Biases, as its own environment variables say (WANDB_PROJECT, WANDB_MODE, ...). Needs the extra
+    `wandb`."""
+
+
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
@@ -206,6 +216,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
     preference: PreferenceSection = PreferenceSection()
+    tracking: TrackingSection = TrackingSection()
 
     def with_labels(self, labels: list[str]) -> RunConfig:
         """The same run with its labels written down: who reloads its output needs no training data for them."""

@@ -1,0 +1,190 @@
+"""What trackers are told of a run, read back with their own readers; a run that was interrupted is told once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_trainer_run import configuration, run_quietly
+
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.errors import MissingExtra
+from polyhead_trainer.progress import TrainingProgress
+from polyhead_trainer.record import RunRecord
+from polyhead_trainer.run import run
+from polyhead_trainer.tracking import EventFiles
+
+MEASURED = "training.evaluate_every=2"
+Series = dict[str, list[tuple[int, float]]]
+
+
+def read_events(folder: Path) -> Series:
+    """(step, value) of each scalar."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+        if tag != "train/tokens_per_s"
+    }
+
+
+def single(value: float) -> float:
+    return float(np.float32(value))
+
+
+def expected(record: RunRecord, number: Any = single) -> Series:
+    """As the record has it; `number`: in the precision that a tracker keeps."""
+    curve = record.curve
+    series = {
+        "train/loss": [(report.step, number(report.loss)) for report in curve],
+        "train/grad_norm": [(report.step, number(report.grad_norm)) for report in curve],
+        "train/learning_rate": [(report.step, number(report.learning_rate)) for report in curve],
+        "held_out/loss": [
+            (step, number(loss)) for step, loss in [(0, record.before.held_out_loss), *record.held_out_curve]
+        ],
+    }
+    for field in dataclasses.fields(record.before):
+        before, after = getattr(record.before, field.name), getattr(record.after, field.name)
+        if isinstance(before, float):
+            series[f"measures/{field.name}"] = [(0, number(before)), (len(curve), number(after))]
+    return series
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, config: RunConfig, at_step: int) -> None:
+    """Runs until after this step, as if somebody had pressed Control-C."""
+    after_step = TrainingProgress.after_step
+
+    def interrupted(self: TrainingProgress, loop: Any, report: Any) -> None:
+        after_step(self, loop, report)
+        if report.step == at_step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "after_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(config)
+
+
+def test_event_files_of_a_finished_run(tmp_path: Path) -> None:
+    config = configuration(tmp_path, MEASURED)
+    record = run_quietly(config).record
+    assert read_events(config.output / "tensorboard") == expected(record)
+    assert [step for step, _ in record.held_out_curve] == [2, 3]
+    assert [file.name for file in (config.output / "tensorboard").iterdir()] == ["events.out.tfevents.0"]
+    assert [path.name for path in config.output.parent.iterdir()] == ["colours"]
+    accumulator = EventAccumulator(str(config.output / "tensorboard"))
+    accumulator.Reload()
+    text = accumulator.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "    adapter.rank = 4\n" in text
+
+
+def test_a_continued_run_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = (MEASURED, "training.max_steps=6", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
+    config = configuration(tmp_path, *overrides)
+    interrupt(monkeypatch, config, at_step=5)
+    live = EventFiles(config.output).folder
+    assert [step for step, _ in read_events(live)["train/loss"]] == [1, 2, 3, 4]
+    assert not config.output.exists()
+    (live / "notes.txt").write_text("mine")
+    record = run(config, Console(quiet=True), resume=True).record
+    assert [report.step for report in record.curve] == [1, 2, 3, 4, 5, 6]
+    assert read_events(config.output / "tensorboard") == expected(record)
+    assert [path.name for path in live.iterdir()] == ["notes.txt"], "what is not the run's stays"
+
+
+def test_a_run_that_diverges_leaves_its_events(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "training.learning_rate=1e30", "training.warmup=0.0")
+    with pytest.raises(Exception, match="not a number any more"):
+        run_quietly(config)
+    assert len(read_events(EventFiles(config.output).folder)["train/loss"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("package", "override", "extra"),
+    [
+        ("tensorboard", "title=none", "trainer"),
+        ("mlflow", "tracking.mlflow=true", "mlflow"),
+        ("wandb", "tracking.wandb=true", "wandb"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, override: str, extra: str
+) -> None:
+    config = configuration(tmp_path, override, "backbone.source=/nowhere")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"pip install 'polyhead\[{extra}\]'"):
+        run_quietly(config)
+
+
+def test_mlflow_has_one_run_of_an_interrupted_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    overrides = ("training.max_steps=6", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
+    config = configuration(tmp_path, MEASURED, "tracking.mlflow=true", *overrides)
+    interrupt(monkeypatch, config, at_step=5)
+    (failed,) = mlflow.search_runs(output_format="list")
+    assert failed.info.status == "FAILED"
+    record = run(config, Console(quiet=True), resume=True).record
+    (found,) = mlflow.search_runs(output_format="list")
+    assert (found.info.run_id, found.info.status) == (failed.info.run_id, "FINISHED")
+    assert found.info.run_name == "colours"
+    assert found.data.params["adapter.rank"] == "4"
+    client = mlflow.MlflowClient()
+    for name, series in expected(record, number=float).items():
+        told = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, name)}
+        assert sorted(told.items()) == series, name
+
+
+def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = configuration(tmp_path, MEASURED, "tracking.wandb=true")
+    record = run_quietly(config).record
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    told: Series = {}
+    for row in _wandb_history(file):
+        for name, value in row.items():
+            if not name.startswith("_") and name != "train/tokens_per_s":
+                told.setdefault(name, []).append((row["_step"], value))
+    assert told == expected(record, number=float)
+
+
+def _wandb_history(file: Path) -> list[dict[str, Any]]:
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for data in _log_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def _log_records(data: bytes) -> Iterator[bytes]:
+    """Of LevelDB's log format, which wandb's offline files have after seven bytes of their own: blocks of 32 KiB with
+    chunks in them, each after its checksum (4 bytes), length (2) and type (1: whole, 2 to 4: first, middle, last)."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # too little for a chunk: the block is filled up
+            at += 2**15 - at % 2**15
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""

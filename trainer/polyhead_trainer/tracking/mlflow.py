@@ -1,0 +1,54 @@
+"""MLflow: one run under the output's name. Where it goes is MLflow's own affair (MLFLOW_TRACKING_URI, ...)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from polyhead_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MAX_VALUE_CHARACTERS = 500
+"""Of a setting: what every MLflow store takes."""
+
+
+class MlflowTracker:
+    """Implements Tracker."""
+
+    name = "mlflow"
+
+    def __init__(self) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        self._is_open = False
+
+    def begin(self, run_name: str, settings: Mapping[str, str], identity: str | None) -> str | None:
+        try:
+            run = self._mlflow.start_run(run_id=identity, run_name=None if identity else run_name)
+            self._is_open = True
+            if identity is None:
+                self._mlflow.log_params({name: value[:MAX_VALUE_CHARACTERS] for name, value in settings.items()})
+        except self._mlflow.exceptions.MlflowException as error:
+            raise ConfigError(
+                f"tracking.mlflow = true: no run can be opened at {self._mlflow.get_tracking_uri()}: {error}; set "
+                "MLFLOW_TRACKING_URI, or leave tracking.mlflow out"
+            ) from error
+        return str(run.info.run_id)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if not self._is_open:
+            return
+        try:
+            self._mlflow.log_metrics(dict(values), step=step)
+        except self._mlflow.exceptions.MlflowException as error:
+            logger.warning("MLflow takes nothing more after step %s, training goes on: %s", step, error)
+            self._is_open = False
+
+    def end(self, *, finished: bool) -> None:
+        try:
+            self._mlflow.end_run("FINISHED" if finished else "FAILED")
+        except self._mlflow.exceptions.MlflowException as error:
+            logger.warning("MLflow was not told that the run has ended: %s", error)
