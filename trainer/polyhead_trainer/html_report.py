@@ -99,6 +99,7 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
         ("training time", f"{record.train_seconds:.1f} s"),
         ("time in all", f"{record.total_seconds:.1f} s"),
         ("speed", f"{tokens / record.train_seconds:,.0f} tokens/s"),
+        ("model FLOPs utilisation", _utilization(record)),
         ("peak memory", _bytes(record.peak_memory_bytes)),
         ("energy of the whole device while training", "; ".join(energy) or NOT_READABLE),
     ]
@@ -109,6 +110,15 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
 
 def _trainable(facts: TrainableFacts) -> str:
     return f"{facts.num_trainable:,} ({facts.percentage:.3f} % of {facts.num_total:,})"
+
+
+def _utilization(record: RunRecord) -> str:
+    if record.mfu is None or record.peak_flops_per_s is None:
+        return "not counted for this task or model"
+    return (
+        f"{record.mfu:.1%} of {record.peak_flops_per_s / 1e12:,.3f} TFLOP/s ({record.peak_flops_source}), without "
+        "attention's own products"
+    )
 
 
 def _bytes(number: int) -> str:

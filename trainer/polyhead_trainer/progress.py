@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from polyhead_trainer.loop import StepReport, TrainingLoop
+from polyhead_trainer.parallel.memory import peak_memory_bytes
+from polyhead_trainer.utilization import Utilization
 
 LINE_INTERVAL_S = 10.0
 SMOOTHING = 0.9
@@ -20,7 +22,9 @@ SMOOTHING = 0.9
 class TrainingProgress:
     """Use as a context manager, and as a hook of the loop."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, utilization: Utilization | None = None) -> None:
+        """`utilization`: None where it cannot be told."""
+        self._utilization = utilization
         self.history: list[StepReport] = []
         self._console = console
         self._smoothed_loss = 0.0
@@ -62,11 +66,19 @@ class TrainingProgress:
         seconds = sum(report.seconds for report in self.history)
         return sum(report.num_tokens for report in self.history) / seconds if seconds else 0.0
 
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation of all steps so far."""
+        return self._utilization.share(self.history) if self._utilization else None
+
     def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
         first = not self.history
         self.history.append(report)
         self._smoothed_loss = report.loss if first else SMOOTHING * self._smoothed_loss + (1 - SMOOTHING) * report.loss
         text = f"loss {self._smoothed_loss:.4f}  {self.tokens_per_s:.0f} tokens/s"
+        if self.mfu is not None:
+            text += f"  MFU {self.mfu:.1%}"
+        text += f"  peak memory {peak_memory_bytes(loop.device) / 2**30:.2f} GiB"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=report.step, total=report.num_steps, description=text)
             return
@@ -76,5 +88,7 @@ class TrainingProgress:
             seconds_a_step = (now - self._started) / (report.step - self._num_before)
             remaining = seconds_a_step * (report.num_steps - report.step)
             self._console.print(
-                f"step {report.step}/{report.num_steps}  {text}  {remaining:.0f} s left", highlight=False
+                f"step {report.step}/{report.num_steps}  {text}  {remaining:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
             )

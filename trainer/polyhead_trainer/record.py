@@ -133,6 +133,10 @@ class RunRecord:
     """With several ranks: `held` by the main rank in its first step, and what a `replica` of DDP holds."""
     energy_joules: dict[str, float] = dataclasses.field(default_factory=dict)
     """While training, by counter: of the whole device, whatever else it did. Empty: none could be read."""
+    mfu: float | None = None
+    """Model FLOPs utilisation of the training steps, as `utilization` counts it: a share of `peak_flops_per_s`."""
+    peak_flops_per_s: float | None = None
+    peak_flops_source: str = ""
 
     def to_json(self) -> str:
         record: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

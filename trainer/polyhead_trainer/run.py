@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -24,7 +22,7 @@ from polyhead_trainer.methods import Tuned
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.packing import prepare_packing
 from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
-from polyhead_trainer.parallel.memory import RankMemoryMeter
+from polyhead_trainer.parallel.memory import RankMemoryMeter, peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_shared
@@ -33,6 +31,7 @@ from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
 from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking, optional_trackers
 from polyhead_trainer.training_data import open_data
+from polyhead_trainer.utilization import Utilization, count_flops, peak_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +71,8 @@ class _Prepared:
     tuned: Tuned
     loop: TrainingLoop
     evaluator: Evaluator
+    utilization: Utilization | None
+    """None where its FLOPs cannot be counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,9 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         num_ranks=ranks.size,
         rank_bytes=trained.memory.as_dict() if ranks.size > 1 else None,
         energy_joules=trained.energy.joules,
+        mfu=trained.progress.mfu,
+        peak_flops_per_s=run.utilization.peak.flops_per_s if run.utilization else None,
+        peak_flops_source=run.utilization.peak.source if run.utilization else "",
     )
     content = _publish(run.tuned, record, checkpoints, ranks, overwrite)
     report.print_outcome(console, record)
@@ -142,6 +146,8 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     tuned = methods.tune(task.backbone, config.adapter, config.training.seed)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
+    dtype = getattr(torch, config.parallel.param_dtype) if config.parallel.param_dtype else backbone.dtype
+    flops = count_flops(tuned.model) if config.task != "preference" else None  # each pair meets the backbone as well
     if config.training.packing:
         prepare_packing(tuned.model, data.sample(), padding_id(backbone.tokenizer))
     return _Prepared(
@@ -153,6 +159,7 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
         tuned=tuned,
         loop=TrainingLoop(tuned, task.objective(tuned), data.examples, config.training, parallel),
         evaluator=evaluator,
+        utilization=Utilization(flops=flops, peak=peak_of(parallel.device, dtype, ranks.size)) if flops else None,
     )
 
 
@@ -160,7 +167,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     """From the first step, or from the latest checkpoint on."""
     config, loop, tuned = run.config, run.loop, run.tuned
     identity = RunIdentity.of(config, run.data, run.facts)
-    progress = TrainingProgress(console)
+    progress = TrainingProgress(console, run.utilization)
     watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
     energy = EnergyMeter(readable_counters(loop.device))
     tracking = RunTracking(
@@ -229,10 +236,3 @@ def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, 
         events.remove()
     ranks.barrier()
     return content
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

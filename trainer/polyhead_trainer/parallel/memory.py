@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,3 +69,11 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer, size: Callable[[Te
         gradients=sum(size(parameter.grad) for parameter in parameters if parameter.grad is not None),
         optimizer=sum(size(value) for value in states if isinstance(value, Tensor)),
     )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held so far (with a GPU: of its memory)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,132 @@
+"""MFU: what is counted against what torch counts product by product, and what the progress line says."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from polyhead_trainer.loop import StepReport
+from polyhead_trainer.progress import TrainingProgress
+from polyhead_trainer.utilization import Peak, StepFlops, Utilization, count_flops, peak_of
+from tiny import TARGETS, reference_model, save_backbone
+
+ROWS, LENGTH, LABELS = 2, 24, 5
+CPU = torch.device("cpu")
+
+
+def counted_by_torch(model: nn.Module) -> int:
+    """FLOPs of all linear products of one step with LABELS labels a row; attention's own are other operators."""
+    tokens = torch.randint(4, 280, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, -LABELS:].reshape(-1)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=LABELS).logits
+        F.cross_entropy(logits.flatten(0, 1), targets).backward()
+    found = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+    return sum(found.get(f"aten.{name}", 0) for name in ("mm", "addmm"))
+
+
+def ours(model: nn.Module) -> float:
+    flops = count_flops(model)
+    assert flops is not None
+    return flops.of(report(1, num_tokens=ROWS * LENGTH, num_labels=ROWS * LABELS))
+
+
+def report(step: int, **changes: Any) -> StepReport:
+    values: dict[str, Any] = {
+        "step": step,
+        "num_steps": 2,
+        "loss": 1.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.0,
+        "num_tokens": 100,
+        "num_labels": 10,
+        "seconds": 0.5,
+    }
+    return StepReport(**{**values, **changes})
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-untied", "gpt_neox"])
+def test_all_weights_trained_is_what_torch_counts(tmp_path: Path, kind: str) -> None:
+    model = reference_model(save_backbone(kind, tmp_path)).train().requires_grad_(True)
+    assert ours(model) == counted_by_torch(model)
+    flops = count_flops(model)
+    assert flops is not None
+    layers = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert flops.per_token + flops.per_label == 6 * layers
+
+
+@pytest.mark.parametrize("layers", [None, [2]])
+def test_an_adapter_needs_less(tmp_path: Path, layers: list[int] | None) -> None:
+    """A little more is counted in the lowest adapted layer, where keys and values need no input gradient."""
+    base = reference_model(save_backbone("llama", tmp_path))
+    settings = LoraConfig(r=4, target_modules=TARGETS["llama"], layers_to_transform=layers)
+    model = get_peft_model(base, settings).train()
+    counted = counted_by_torch(model)
+    assert counted <= ours(model) <= 1.15 * counted
+    whole = reference_model(tmp_path).requires_grad_(True)
+    assert ours(model) < (0.8 if layers is None else 0.55) * ours(whole)
+
+
+def test_what_stands_before_the_prompt_needs_every_input_gradient(tmp_path: Path) -> None:
+    model = get_peft_model(
+        reference_model(save_backbone("llama", tmp_path)),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    )
+    flops = count_flops(model)
+    assert flops is not None
+    linear = sum(module.weight.numel() for module in model.base_model.modules() if isinstance(module, nn.Linear))
+    assert flops.per_token + flops.per_label == 4 * linear
+
+
+def test_a_mixture_of_experts_is_not_counted() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert count_flops(model) == StepFlops(per_token=16, per_label=0)
+    model.config = SimpleNamespace(num_local_experts=8)  # type: ignore[assignment]
+    assert count_flops(model) is None
+
+
+def test_the_share_is_flops_by_seconds_by_peak() -> None:
+    peak = Peak(flops_per_s=1e6, source="")
+    utilization = Utilization(flops=StepFlops(per_token=1000, per_label=500), peak=peak)
+    assert utilization.share([report(1), report(2, num_tokens=300, seconds=1.5)]) == pytest.approx(0.205)
+    assert utilization.share([]) == 0
+
+
+def test_the_peak_is_measured_where_no_data_sheet_is_known_and_takes_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    peak = peak_of(CPU, torch.float32, num_ranks=2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert 1e8 < peak.flops_per_s < 1e15
+    assert peak.source == "2 x a float32 matmul, measured at the start"
+    assert peak.flops_per_s == 2 * peak_of(CPU, torch.float32, num_ranks=1).flops_per_s
+
+
+def test_the_line_has_speed_utilisation_memory_and_the_time_left() -> None:
+    stream = io.StringIO()
+    loop: Any = SimpleNamespace(device=CPU)
+    peak = Peak(flops_per_s=1e6, source="")
+    progress = TrainingProgress(
+        Console(file=stream, width=40), Utilization(flops=StepFlops(per_token=1000, per_label=0), peak=peak)
+    )
+    with progress:
+        for step in (1, 2):
+            progress.after_step(loop, report(step))
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("step 1/2  loss 1.0000  200 tokens/s  MFU 20.0%  peak memory ")
+    assert last.endswith(" s left")
+    assert math.isclose(progress.mfu or 0, 0.2)
+    without = TrainingProgress(Console(file=stream, width=40))
+    without.after_step(loop, report(1))
+    assert without.mfu is None
+    assert "MFU" not in stream.getvalue().splitlines()[-1]

@@ -1,0 +1,133 @@
+"""Model FLOPs utilisation (PaLM, Chowdhery et al. 2022): the products that a step needs, by what the device could do.
+
+A linear layer with n weights needs 2 n FLOPs a token forward, 2 n more backward for its input's gradient, and 2 n more
+for its weight's. With all weights trained that is the known 6 N. An adapter's run needs less, and less is counted: no
+weight gradients of what is frozen, and no input gradients before the first module that is trained. The LM head is
+counted for label tokens alone, which are the only ones that it is computed for.
+
+Not counted: attention's own products (so that of long texts MFU comes out a little low), norms, activations, and work
+that is done twice to save memory (activation checkpointing).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from polyhead_trainer.loop import StepReport
+
+DATA_SHEET_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bfloat16 FLOP/s of NVIDIA's data sheets, for device names that hold the key; the first match counts."""
+MATMUL_WIDTH = {"cpu": 768, "cuda": 8192}
+MATMUL_REPEATS = 4
+EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    per_token: int
+    per_label: int
+
+    def of(self, report: StepReport) -> float:
+        return self.per_token * report.num_tokens + self.per_label * report.num_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    flops_per_s: float
+    source: str
+    """Where the figure comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utilization:
+    flops: StepFlops
+    peak: Peak
+    """Of all ranks together."""
+
+    def share(self, history: Sequence[StepReport]) -> float:
+        """MFU of these steps: 1 is all that the devices could do."""
+        seconds = sum(report.seconds for report in history)
+        return sum(map(self.flops.of, history)) / seconds / self.peak.flops_per_s if seconds else 0.0
+
+
+def count_flops(model: nn.Module) -> StepFlops | None:
+    """None for a mixture of experts, of which each token meets a part that cannot be told from the modules."""
+    config: Any = getattr(model, "config", None)
+    if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
+        return None
+    # What peft learns in front of the prompt is not in the tree, and comes before all of it.
+    reached = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    head = _head_path(model)
+    per_token = per_label = 0
+    for path, module in model.named_modules():
+        trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if isinstance(module, nn.Linear | Conv1D):
+            factor = 2 + 2 * reached + 2 * module.weight.requires_grad
+            flops = factor * _num_weights(module)
+            if head is not None and (path == head or path.startswith(f"{head}.")):
+                per_label += flops
+            else:
+                per_token += flops
+        reached = reached or trained
+    return StepFlops(per_token=per_token, per_label=per_label)
+
+
+def _num_weights(module: nn.Linear | Conv1D) -> int:
+    """From the widths: the weight itself may be packed, or in shards."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return int(module.nx) * int(module.nf)
+
+
+def _head_path(model: nn.Module) -> str | None:
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def peak_of(device: torch.device, dtype: torch.dtype, num_ranks: int) -> Peak:
+    """bfloat16 on a GPU that the table knows: its data sheet's. Else the best of a few matmuls of `dtype` here and now,
+    with this process's threads: an int8 backbone's own products can be faster."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, flops in DATA_SHEET_FLOPS.items():
+            if known in name:
+                return Peak(flops_per_s=flops * num_ranks, source=f"{num_ranks} x {known} in bfloat16, data sheet")
+    flops = _measured(device, dtype, torch.get_num_threads()) * num_ranks
+    name = str(dtype).removeprefix("torch.")
+    return Peak(flops_per_s=flops, source=f"{num_ranks} x a {name} matmul, measured at the start")
+
+
+@lru_cache
+def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
+    """FLOP/s; `num_threads` only keeps figures of different numbers of them apart."""
+    width = MATMUL_WIDTH[device.type]
+    left = torch.ones(width, width, device=device, dtype=dtype)  # no random numbers: they are the training's
+    return 2 * width**3 / min(_seconds(left) for _ in range(MATMUL_REPEATS))
+
+
+def _seconds(matrix: torch.Tensor) -> float:
+    started = time.perf_counter()
+    matrix @ matrix
+    if matrix.device.type == "cuda":
+        torch.cuda.synchronize(matrix.device)
+    return time.perf_counter() - started
