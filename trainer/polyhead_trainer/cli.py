@@ -145,6 +145,25 @@ def difference(
 
 
 @app.command()
+def publish(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
+    folder: Annotated[Path, typer.Argument(help="The folder that the server watches.")],
+    name: Annotated[str | None, typer.Option(help="Name to serve it by; unset: the directory's.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an adapter of that name.")] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ask this server first whether its backbone fits."),
+    ] = None,
+) -> None:
+    """Copies an adapter into a server's folder: complete or not at all, while the server runs."""
+    from polyhead_trainer.delivery import deliver
+
+    delivered = deliver(adapter, folder, name=name, overwrite=overwrite, server=server)
+    for line in [f"{delivered.path} written ({delivered.content_hash[:12]})", *delivered.remarks]:
+        typer.echo(line)
+
+
+@app.command()
 def evaluate(
     subjects: Annotated[list[Path], typer.Argument(metavar="CONFIG|ADAPTER...", help="Runs, or adapters of runs.")],
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006

@@ -35,6 +35,10 @@ class Measures:
     """Share of the generated answers that equal the reference."""
     chrf: float | None = None
     """chrF2 of the generated answers, 0 to 100."""
+    rouge_1: float | None = None
+    """ROUGE-1 of the generated answers, 0 to 100; `rouge_2` and `rouge_l` likewise."""
+    rouge_2: float | None = None
+    rouge_l: float | None = None
     choice_accuracy: float | None = None
     """Share of the held-out examples whose right choice is the most likely one."""
     earlier_loss: float | None = None
@@ -77,10 +81,14 @@ class Evaluator:
         loss, accuracy = self._held_out(model)
         answers = self.generate(model, self.answered)
         references = [item.example.reference for item in self.answered]
+        rouge_1, rouge_2, rouge_l = scores.rouge(answers, references) if answers else (None, None, None)
         return Measures(
             held_out_loss=loss,
             exact_match=scores.exact_match(answers, references) if answers else None,
             chrf=scores.chrf(answers, references) if answers else None,
+            rouge_1=rouge_1,
+            rouge_2=rouge_2,
+            rouge_l=rouge_l,
             choice_accuracy=accuracy,
             earlier_loss=self._loss(model, self.earlier)[0] if self.earlier else None,
             general_perplexity=self._general_perplexity(model) if self.general_ids else None,

@@ -24,6 +24,9 @@ FORMS = {
     "choice_accuracy": ("choice accuracy", ".1%"),
     "exact_match": ("exact match of answers", ".1%"),
     "chrf": ("chrF of answers", ".1f"),
+    "rouge_1": ("ROUGE-1 of answers", ".1f"),
+    "rouge_2": ("ROUGE-2 of answers", ".1f"),
+    "rouge_l": ("ROUGE-L of answers", ".1f"),
     "general_perplexity": ("general text, perplexity", ".2f"),
 }
 """How the fields of Measures are titled and written."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 CHRF_ORDER = 6
 CHRF_BETA = 2
+_WORD = re.compile(r"[^\W_]+")
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -44,6 +46,51 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
     weighted = CHRF_BETA**2 * precision + recall
     return 100 * (1 + CHRF_BETA**2) * precision * recall / weighted if weighted else 0.0
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[float, float, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) in 0..100: F1 of a text's words, pairs of words, and longest common
+    subsequence of words with its reference, averaged over the texts.
+
+    Words are runs of letters and digits of any script, in lower case, without stemming: on English it is what the
+    package rouge-score gives, which has had no release since 2022 and drops every letter outside of a-z.
+    """
+    pairs = [(_words(answer), _words(reference)) for answer, reference in zip(answers, references, strict=True)]
+    totals = (
+        sum(_overlap_f1(found, wanted, 1) for found, wanted in pairs),
+        sum(_overlap_f1(found, wanted, 2) for found, wanted in pairs),
+        sum(_f1(_common_length(found, wanted), len(found), len(wanted)) for found, wanted in pairs),
+    )
+    one, two, longest = (100 * total / len(pairs) for total in totals)
+    return one, two, longest
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _overlap_f1(found: list[str], wanted: list[str], order: int) -> float:
+    """Of n-grams, each counted as often as it is in both."""
+    ours, theirs = (
+        Counter(tuple(words[at : at + order]) for at in range(len(words) - order + 1)) for words in (found, wanted)
+    )
+    return _f1((ours & theirs).total(), ours.total(), theirs.total())
+
+
+def _f1(num_common: int, num_found: int, num_wanted: int) -> float:
+    return 2 * num_common / (num_found + num_wanted) if num_common else 0.0
+
+
+def _common_length(found: list[str], wanted: list[str]) -> int:
+    """Of the longest common subsequence, row by row of the classical table."""
+    row = [0] * (len(wanted) + 1)
+    for word in found:
+        diagonal = 0
+        for at, other in enumerate(wanted, start=1):
+            above = row[at]
+            row[at] = diagonal + 1 if word == other else max(above, row[at - 1])
+            diagonal = above
+    return row[-1]
 
 
 def _ngrams(text: str, order: int) -> Counter[str]:
