@@ -137,11 +137,26 @@ def test_without_general_text_and_answers_the_report_says_so(hostile: RunResult)
         energy_joules={},
     )
     texts = Page(render(record, b"")).texts
-    assert "Not measured: evaluate.general_text names no text of another kind." in texts
+    assert any(text.startswith("Not measured: neither evaluate.general_text nor evaluate.earlier") for text in texts)
     assert "None were asked for: evaluate.generate_examples = 0." in texts
     assert "not readable" in texts
     counted = dataclasses.replace(record, energy_joules={"CPU package-0": 1234.4})
     assert "CPU package-0: 1,234 J" in Page(render(counted, b"")).texts
+
+
+def test_both_measures_of_forgetting_are_told(hostile: RunResult) -> None:
+    before, after = (
+        dataclasses.replace(hostile.record.before, general_perplexity=perplexity, earlier_loss=loss)
+        for perplexity, loss in ((20.0, 2.0), (30.0, 1.5))
+    )
+    texts = Page(render(dataclasses.replace(hostile.record, before=before, after=after), b"")).texts
+    told = [text for text in texts if "by this measure" in text]
+    assert told == [
+        "Perplexity of general text, which was not learned: 20.00 before, 30.00 after (+50.0%): by this measure the "
+        "run forgot.",
+        "Loss (nats) on the data of earlier tasks: 2.00 before, 1.50 after (-25.0%): by this measure the run did not "
+        "forget.",
+    ]
 
 
 def test_the_curve_starts_with_the_backbone_and_equal_curves_are_equal_files(hostile: RunResult) -> None:

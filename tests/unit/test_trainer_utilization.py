@@ -89,10 +89,11 @@ def test_what_stands_before_the_prompt_needs_every_input_gradient(tmp_path: Path
     assert flops.per_token + flops.per_label == 4 * linear
 
 
-def test_a_mixture_of_experts_is_not_counted() -> None:
+@pytest.mark.parametrize("setting", ["num_local_experts", "is_encoder_decoder"])
+def test_where_a_token_meets_a_part_of_the_model_nothing_is_counted(setting: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     assert count_flops(model) == StepFlops(per_token=16, per_label=0)
-    model.config = SimpleNamespace(num_local_experts=8)  # type: ignore[assignment]
+    model.config = SimpleNamespace(**{setting: True})  # type: ignore[assignment]
     assert count_flops(model) is None
 
 

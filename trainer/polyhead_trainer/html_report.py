@@ -57,15 +57,18 @@ def _measures(before: Measures, after: Measures) -> list[tuple[str, str, str, st
     return rows
 
 
-def _forgetting(before: Measures, after: Measures) -> str:
-    old, new = before.general_perplexity, after.general_perplexity
-    if old is None or new is None:
-        return "Not measured: evaluate.general_text names no text of another kind."
-    verdict = "forgot" if new > old else "did not forget"
-    return (
-        f"Perplexity of general text, which is not what was learned: {old:.2f} before, {new:.2f} after "
-        f"({(new / old - 1):+.1%}): by this measure the run {verdict}."
-    )
+def _forgetting(before: Measures, after: Measures) -> list[str]:
+    """One sentence for each of its measures: on both, more is worse."""
+    found = []
+    for what, old, new in (
+        ("Perplexity of general text, which was not learned", before.general_perplexity, after.general_perplexity),
+        ("Loss (nats) on the data of earlier tasks", before.earlier_loss, after.earlier_loss),
+    ):
+        if old is not None and new is not None:
+            verdict = "forgot" if new > old else "did not forget"
+            change = f" ({new / old - 1:+.1%})" if old else ""
+            found.append(f"{what}: {old:.2f} before, {new:.2f} after{change}: by this measure the run {verdict}.")
+    return found or ["Not measured: neither evaluate.general_text nor evaluate.earlier names data to measure it on."]
 
 
 def _answers(record: RunRecord) -> list[dict[str, Any]]:

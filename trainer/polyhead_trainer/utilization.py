@@ -36,7 +36,7 @@ DATA_SHEET_FLOPS = {
     "RTX 4090": 165e12,
 }
 """Dense bfloat16 FLOP/s of NVIDIA's data sheets, for device names that hold the key; the first match counts."""
-MATMUL_WIDTH = {"cpu": 768, "cuda": 8192}
+MATMUL_WIDTH = {"cpu": 768, "cuda": 4096}
 MATMUL_REPEATS = 4
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -70,9 +70,10 @@ class Utilization:
 
 
 def count_flops(model: nn.Module) -> StepFlops | None:
-    """None for a mixture of experts, of which each token meets a part that cannot be told from the modules."""
+    """None for a mixture of experts, of which each token meets a part that cannot be told from the modules, and for an
+    encoder-decoder, of which it meets one half."""
     config: Any = getattr(model, "config", None)
-    if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
+    if any(getattr(config, name, None) for name in (*EXPERT_SETTINGS, "is_encoder_decoder")):
         return None
     # What peft learns in front of the prompt is not in the tree, and comes before all of it.
     reached = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
