@@ -130,10 +130,12 @@ def _bytes(number: int) -> str:
 
 def _data(record: RunRecord) -> list[tuple[str, str]]:
     config, facts = record.config.data, record.data
+    # A stream is counted in examples before the run, and encoded as it is learned.
+    tokens = "streamed" if facts.num_train_tokens is None else f"{facts.num_train_tokens:,} tokens"
     named = [("name", config.name), ("source", config.source), ("licence", config.license)]
     return [
         *((key, value) for key, value in named if value),
-        ("examples to learn", f"{facts.num_train:,} of {facts.num_train_tokens:,} tokens"),
+        ("examples to learn", f"{facts.num_train:,}, {tokens}"),
         ("examples held out", f"{facts.num_held_out:,}"),
         ("left out as too long", f"{facts.num_too_long:,}"),
         ("SHA-256 of the files", facts.sha256),
