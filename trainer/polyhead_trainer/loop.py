@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,27 +91,34 @@ class TrainingLoop:
         self.tuned.model.eval()
 
     def _run(self, hooks: Sequence[Hook]) -> None:
-        plan = steps(
-            self._examples,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            num_steps=self.num_steps,
-            done=self.step,
-        )
-        for chosen in plan:
+        for chosen in self.plan():
             report = self._step(chosen)
             for hook in hooks:
                 hook.after_step(self, report)
             if self.stopped_because is not None:
                 break
 
+    def plan(self) -> Iterator[list[EncodedExample]]:
+        """The examples of every step that is left."""
+        return steps(
+            self._examples,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            num_steps=self.num_steps,
+            done=self.step,
+        )
+
     def _step(self, chosen: Sequence[EncodedExample]) -> StepReport:
         started = time.perf_counter()
+        micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
+        loss = accumulate_gradients(self._parallel, self._objective, chosen, micro_batch_size)
+        return self.finish_step(chosen, loss, started)
+
+    def finish_step(self, chosen: Sequence[EncodedExample], loss: float, started: float) -> StepReport:
+        """Clips the gradients that are there and takes the optimizer's step. Raises TrainingDiverged."""
         factor = learning_rate_factor(self.settings, self.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
-        loss = accumulate_gradients(self._parallel, self._objective, chosen, micro_batch_size)
         norm = clip_grad_norm(self._parameters, self.settings.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._diverged(chosen, loss, norm)

@@ -24,7 +24,13 @@ from polyhead_trainer.objectives.label_logits import model_inputs
 
 
 def chunked_loss_sum(model: nn.Module, batch: Batch, chunk_rows: int) -> Tensor:
-    """The cross-entropy of the label tokens, summed; equal to F.cross_entropy of `label_logits`, reduction="sum".
+    """The cross-entropy of the label tokens, summed; equal to F.cross_entropy of `label_logits`, reduction="sum"."""
+    (loss,) = chunked_loss_sums(model, batch, chunk_rows, [batch.num_labels])
+    return loss
+
+
+def chunked_loss_sums(model: nn.Module, batch: Batch, chunk_rows: int, sizes: Sequence[int]) -> list[Tensor]:
+    """As chunked_loss_sum, apart for runs of `sizes` label tokens.
 
     `chunk_rows`: C. The model's own forward computes both halves, so that what an architecture does to its logits
     (scaling, soft capping) and what an adapter does to the head is done here as well.
@@ -40,12 +46,16 @@ def chunked_loss_sum(model: nn.Module, batch: Batch, chunk_rows: int) -> Tensor:
             logits_CV = causal_lm.forward(input_ids=batch.token_ids_BT[:1, :1], use_cache=False).logits[0]
         return F.cross_entropy(logits_CV.float(), targets_C, reduction="sum")
 
-    if not torch.is_grad_enabled():
-        parts = zip(hidden_NH.split(chunk_rows), batch.targets_N.split(chunk_rows), strict=True)
-        return torch.stack([loss_of(hidden_CH, targets_C) for hidden_CH, targets_C in parts]).sum()
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    loss: Tensor = _ChunkedLoss.apply(loss_of, chunk_rows, batch.targets_N, hidden_NH, *parameters)  # type: ignore[no-untyped-call]
-    return loss
+
+    def loss_sum(hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return _ChunkedLoss.apply(loss_of, chunk_rows, targets_N, hidden_NH, *parameters)  # type: ignore[no-untyped-call,no-any-return]
+        parts = zip(hidden_NH.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
+        return torch.stack([loss_of(hidden_CH, targets_C) for hidden_CH, targets_C in parts]).sum()
+
+    runs = zip(hidden_NH.split(list(sizes)), batch.targets_N.split(list(sizes)), strict=True)
+    return [loss_sum(hidden_NH, targets_N) for hidden_NH, targets_N in runs]
 
 
 def chunk_rows(limit: int, num_labels: int, vocabulary: int) -> int | None:
