@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polyhead_core.errors import ConfigError
-from polyhead_trainer.config import known_settings, load_config
+from polyhead_trainer.config import known_entry_settings, known_settings, load_config, load_run
 
 MINIMAL = """
 output = "out"
@@ -70,9 +70,9 @@ def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:
 
 
 def test_every_setting_says_what_it_means() -> None:
-    assert all(field.description for field in known_settings().values())
+    assert all(field.description for field in (known_settings() | known_entry_settings()).values())
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_are_valid(recipe: Path) -> None:
-    load_config(recipe)
+    load_run(recipe)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from polyhead_core.adapter_directory import content_hash, stamp_backbone
 from polyhead_core.errors import AdapterFormatError, ConfigError
 from polyhead_trainer.cli import app
-from polyhead_trainer.config import load_config
+from polyhead_trainer.config import TogetherConfig, load_run
 from polyhead_trainer.errors import OutputExists
 from polyhead_trainer.inspection import inspect_adapter
 from polyhead_trainer.recipe_book import copy_recipe, find_recipe, recipes
@@ -75,7 +75,9 @@ def test_every_recipe_is_listed_and_is_a_configuration(tmp_path: Path) -> None:
         assert f"{recipe.name}\n    {recipe.summary}" in listed
         assert len(recipe.summary) > 10
         assert CliRunner().invoke(app, ["recipes", "show", recipe.name]).stdout == recipe.text
-        assert load_config(copy_recipe(recipe.name, tmp_path)).title
+        config = load_run(copy_recipe(recipe.name, tmp_path))
+        runs = config.runs.values() if isinstance(config, TogetherConfig) else [config]
+        assert all(run.title for run in runs)
 
 
 def test_a_copy_replaces_nothing(tmp_path: Path) -> None:

@@ -43,13 +43,18 @@ def run(
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, if there is one.")] = False,
     nproc: Annotated[int, typer.Option(help="Processes on this machine that share the work ([parallel]).", min=1)] = 1,
 ) -> None:
-    """Trains one adapter and shows the same held-out examples before and after."""
+    """Trains one adapter, or several at once ([[adapters]]), and shows held-out examples before and after."""
     from rich.console import Console
 
-    from polyhead_trainer.config import load_config
+    from polyhead_trainer.config import TogetherConfig, load_run
 
-    loaded = load_config(config, set_)
+    loaded = load_run(config, set_)
     quiet_libraries()
+    if isinstance(loaded, TogetherConfig):
+        from polyhead_trainer.together.run import run_together
+
+        run_together(loaded, Console(), overwrite=overwrite, resume=resume, nproc=nproc).raise_for_failures()
+        return
     if nproc > 1:
         from polyhead_trainer.parallel.launch import launch
 
@@ -240,9 +245,9 @@ def copy_recipe(
 @app.command()
 def settings() -> None:
     """Lists every setting of a configuration, with its default and meaning."""
-    from polyhead_trainer.config import known_settings
+    from polyhead_trainer.config import known_entry_settings, known_settings
 
-    for path, field in known_settings().items():
+    for path, field in (known_settings() | known_entry_settings()).items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         typer.echo(f"{'.'.join(path)} ({default})\n    {(field.description or '').replace(chr(10), ' ')}")
 

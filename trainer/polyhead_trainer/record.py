@@ -137,6 +137,8 @@ class RunRecord:
     """Model FLOPs utilisation of the training steps, as `utilization` counts it: a share of `peak_flops_per_s`."""
     peak_flops_per_s: float | None = None
     peak_flops_source: str = ""
+    trained_with: list[str] = dataclasses.field(default_factory=list)
+    """Adapters that shared its forward and backward passes; its seconds of training are its part by tokens."""
 
     def to_json(self) -> str:
         record: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

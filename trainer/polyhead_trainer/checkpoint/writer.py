@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -58,52 +58,83 @@ class SavedRun:
     @classmethod
     def read(cls, directory: Path) -> SavedRun:
         """Raises ResumeRefused."""
-        try:
-            saved = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-            if saved.pop("schema") != SCHEMA:
-                raise ResumeRefused(f"{directory} was written by another version of the trainer")
-            saved["identity"] = RunIdentity(**saved["identity"])
-            saved["before"] = Measures(**saved["before"])
-            return cls(**saved)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ResumeRefused(f"{directory / STATE_FILE} cannot be read: {error}") from error
+        return read_state(directory, cls.of)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> SavedRun:
+        identity, before = RunIdentity(**saved["identity"]), Measures(**saved["before"])
+        return cls(**{**saved, "identity": identity, "before": before})
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)})
+        return state_text(asdict(self))
 
 
-class Checkpointer:
-    """A hook of the loop; the last one, so that what the others did after a step is in that step's checkpoint.
+State = TypeVar("State")
 
-    At most one checkpoint is on its way to the disk. Its tensors are copied when it is due, and it gets its name when
-    all of it has been written, which is looked after at the next step.
+
+def state_text(state: dict[str, Any]) -> str:
+    """What STATE_FILE holds."""
+    return json.dumps({"schema": SCHEMA, **state})
+
+
+def read_state(directory: Path, make: Callable[[dict[str, Any]], State]) -> State:
+    """`make` of what `state_text` was given. Raises ResumeRefused."""
+    try:
+        saved = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        if saved.pop("schema") != SCHEMA:
+            raise ResumeRefused(f"{directory} was written by another version of the trainer")
+        return make(saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeRefused(f"{directory / STATE_FILE} cannot be read: {error}") from error
+
+
+class CheckpointWriter:
+    """Writes one checkpoint after another, at most one of which is on its way to the disk.
+
+    Tensors are copied when `save` is called; a checkpoint gets its name when all of it has been written, which is
+    looked after in `poll`.
     """
 
     def __init__(
         self,
         directory: CheckpointDirectory,
         settings: CheckpointSection,
-        run: SavedRun,
-        stateful: Mapping[str, Stateful],
         ranks: Ranks = Ranks(),  # noqa: B008
     ) -> None:
         self._directory = directory
         self._settings = settings
-        self._run = run
-        self._stateful = stateful
         self._ranks = ranks
         self._writing: tuple[int, Future[Any]] | None = None
         # Its own group: the thread that writes talks to the other ranks while the loop does so too.
         self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
 
-    def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
+    def is_due(self, step: int, last: bool) -> bool:
+        """`last`: no step follows."""
         every = self._settings.every_steps
-        self._run = replace(self._run, train_seconds=self._run.train_seconds + report.seconds)
+        return bool(every) and (step % every == 0 or (last and step > every))
+
+    def save(self, step: int, state: str, tensors: dict[str, Any]) -> None:
+        """`state`: the text of STATE_FILE. Raises StorageFailed."""
+        self.wait()
+        staging = self._directory.staging(step)
+        with writing(self._directory.at(step), self._kept()):
+            if self._ranks.is_main:
+                self._directory.stage(step)
+                write_durably(staging / STATE_FILE, state)
+            self._ranks.barrier()
+            future = async_save(
+                tensors,
+                storage_writer=FileSystemWriter(staging, single_file_per_rank=True, sync_files=True),
+                process_group=self._group,
+                no_dist=self._ranks.size == 1,
+            )
+        self._writing = (step, cast("Future[Any]", future))
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
         if self._writing is not None and self._writing[1].done():
             self.wait()
-        last = report.step == report.num_steps or loop.stopped_because is not None
-        if every and (report.step % every == 0 or (last and report.step > every)):
-            self._save(loop)
 
     def wait(self) -> None:
         """Until everything is written. Raises StorageFailed."""
@@ -124,30 +155,36 @@ class Checkpointer:
         if self._ranks.is_main:
             self._directory.discard_staging()
 
-    def _save(self, loop: TrainingLoop) -> None:
-        self.wait()
-        step = loop.step
-        hooks = {name: hook.state_dict() for name, hook in self._stateful.items()}
-        saved = replace(self._run, step=step, num_ranks=self._ranks.size, hooks=hooks)
-        staging = self._directory.staging(step)
-        with writing(self._directory.at(step), self._kept()):
-            if self._ranks.is_main:
-                self._directory.stage(step)
-                write_durably(staging / STATE_FILE, saved.to_json())
-            self._ranks.barrier()
-            future = async_save(
-                gather(loop, self._ranks.rank) | _tensors(loop, self._stateful),
-                storage_writer=FileSystemWriter(staging, single_file_per_rank=True, sync_files=True),
-                process_group=self._group,
-                no_dist=self._ranks.size == 1,
-            )
-        self._writing = (step, cast("Future[Any]", future))
-        if not self._settings.asynchronous:
-            self.wait()
-
     def _kept(self) -> str:
         latest = self._directory.latest()
         return f"the last good checkpoint is {latest}" if latest else "no checkpoint had been written before"
+
+
+class Checkpointer(CheckpointWriter):
+    """A hook of the loop; the last one, so that what the others did after a step is in that step's checkpoint."""
+
+    def __init__(
+        self,
+        directory: CheckpointDirectory,
+        settings: CheckpointSection,
+        run: SavedRun,
+        stateful: Mapping[str, Stateful],
+        ranks: Ranks = Ranks(),  # noqa: B008
+    ) -> None:
+        super().__init__(directory, settings, ranks)
+        self._run = run
+        self._stateful = stateful
+
+    def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
+        self._run = replace(self._run, train_seconds=self._run.train_seconds + report.seconds)
+        self.poll()
+        last = report.step == report.num_steps or loop.stopped_because is not None
+        if self.is_due(report.step, last):
+            hooks = {name: hook.state_dict() for name, hook in self._stateful.items()}
+            saved = replace(self._run, step=loop.step, num_ranks=self._ranks.size, hooks=hooks)
+            self.save(
+                loop.step, saved.to_json(), gather(loop, self._ranks.rank) | stateful_tensors(loop, self._stateful)
+            )
 
 
 def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Stateful], ranks: Ranks) -> SavedRun:
@@ -157,7 +194,7 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
     each rank goes on with numbers of its own, which matters to dropout alone. Raises ResumeRefused.
     """
     saved = SavedRun.read(checkpoint)
-    state = gather(loop, ranks.rank) | _tensors(loop, stateful)
+    state = gather(loop, ranks.rank) | stateful_tensors(loop, stateful)
     if saved.num_ranks != ranks.size:
         del state[f"random-{ranks.rank}"]
     load(state, checkpoint_id=checkpoint, no_dist=ranks.size == 1)
@@ -168,5 +205,5 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
     return saved
 
 
-def _tensors(loop: TrainingLoop, stateful: Mapping[str, Stateful]) -> dict[str, Any]:
+def stateful_tensors(loop: TrainingLoop, stateful: Mapping[str, Stateful]) -> dict[str, Any]:
     return {name: tensors for name, hook in stateful.items() if (tensors := hook.tensors(loop))}

@@ -26,6 +26,7 @@ from polyhead_trainer.config.sections import (
     TrackingSection,
     TrainingSection,
 )
+from polyhead_trainer.config.together import TogetherConfig, known_entry_settings, load_run
 
 __all__ = [
     "AdapterSection",
@@ -47,10 +48,13 @@ __all__ = [
     "PrefixSettings",
     "PromptSettings",
     "RunConfig",
+    "TogetherConfig",
     "TrackingSection",
     "TrainingSection",
     "flat_settings",
+    "known_entry_settings",
     "known_settings",
     "load_config",
+    "load_run",
     "parse_config",
 ]

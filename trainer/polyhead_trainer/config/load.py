@@ -24,22 +24,31 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError. Relative paths are relative to the working directory.
     """
+    return parse_config(read_values(file), origin=str(file), overrides=overrides)
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """Raises ConfigError."""
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {file}: {error}") from error
-    return parse_config(values, origin=str(file), overrides=overrides)
 
 
 def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+    if "adapters" in values:
+        raise ConfigError(
+            f"{origin} describes several adapters ([[adapters]]), which is for `trainer run` alone; `trainer evaluate` "
+            "takes their directories"
+        )
     for text in overrides:
-        _override(values, text)
+        override(values, text)
     _refuse_method(values, origin)
     try:
         # Through JSON, because strict validation turns texts into paths only there.
         return RunConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+        raise ConfigError(f"{origin}: " + "; ".join(explain(problem) for problem in error.errors())) from error
 
 
 def _refuse_method(values: dict[str, Any], origin: str) -> None:
@@ -50,7 +59,8 @@ def _refuse_method(values: dict[str, Any], origin: str) -> None:
         raise ConfigError(f"{origin}: adapter.method = {method}: {reason}")
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def override(values: dict[str, Any], text: str) -> None:
+    """Puts `section.key=value` into the nested `values`. Raises ConfigError."""
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text!r}: expected section.key=value")
@@ -65,7 +75,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         values[name] = value.strip()
 
 
-def _explain(problem: ErrorDetails) -> str:
+def explain(problem: ErrorDetails) -> str:
     path = [str(part) for part in problem["loc"]]
     if not path:  # of the whole configuration: two sections that do not fit each other
         return problem["msg"].removeprefix("Value error, ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ class Course:
     """Never run: it owns the optimizer, the data order and the schedule."""
     hooks: Sequence[Hook] = ()
     """Called with the adapter alone on the backbone."""
+    keep_what_is_left: Callable[[TrainingDiverged], TrainingDiverged] = lambda error: error
+    """Called with the adapter alone on the backbone when it diverges; gives the error to report."""
     failure: TrainingDiverged | None = None
     """Why it ended before its last step; the others went on."""
     _plan: Iterator[list[EncodedExample]] | None = None
@@ -32,23 +34,25 @@ class Course:
     def micro_batch_size(self) -> int:
         return self.loop.settings.micro_batch_size or self.loop.settings.batch_size
 
+    @property
+    def has_ended(self) -> bool:
+        finished = self.loop.step == self.loop.num_steps
+        return finished or self.failure is not None or self.loop.stopped_because is not None
+
     def next_share(self) -> Share | None:
         """None where the course has ended."""
-        if self.failure is not None or self.loop.stopped_because is not None:
+        if self.has_ended:
             return None
         if self._plan is None:
             self._plan = self.loop.plan()
-        chosen = next(self._plan, None)
-        if chosen is None:
-            return None
-        return Share(member=self.member, examples=chosen, micro_batch_size=self.micro_batch_size)
+        return Share(member=self.member, examples=next(self._plan), micro_batch_size=self.micro_batch_size)
 
     def finish_step(self, share: Share, loss: float, seconds: float) -> None:
         """`seconds`: what the passes are charged with."""
         try:
             report = self.loop.finish_step(share.examples, loss, time.perf_counter() - seconds)
         except TrainingDiverged as error:
-            self.failure = error
+            self.failure = self.keep_what_is_left(error)
             self.loop.optimizer.zero_grad(set_to_none=True)
             return
         for hook in self.hooks:

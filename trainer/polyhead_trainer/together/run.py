@@ -1,0 +1,242 @@
+"""One run of several adapters, from its configuration to a published directory for each that did not diverge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from polyhead_core.backbone import Backbone
+from polyhead_core.errors import ConfigError
+from polyhead_trainer import backbones, report
+from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
+from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
+from polyhead_trainer.data import EncodedExample, check_disjoint, load_examples
+from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.held_out_watch import HeldOutWatch
+from polyhead_trainer.loop import TrainingLoop
+from polyhead_trainer.parallel import joined
+from polyhead_trainer.progress import TrainingProgress
+from polyhead_trainer.publish import check_output, publish
+from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters, read_record
+from polyhead_trainer.run import RunResult, peak_memory_bytes
+from polyhead_trainer.storage import writing
+from polyhead_trainer.tasks import Evaluator, open_task
+from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpointer, restore_together
+from polyhead_trainer.together.loop import Course, train_together
+from polyhead_trainer.together.model import Member, SharedBackbone
+from polyhead_trainer.together.progress import TogetherProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TogetherResult:
+    published: dict[str, RunResult]
+    failures: dict[str, TrainingDiverged]
+
+    def raise_for_failures(self) -> None:
+        """Raises TrainingDiverged, which says what diverged and what did not."""
+        for first in self.failures.values():
+            told = "; ".join(f"{name}: {error.message}" for name, error in self.failures.items())
+            done = f"published: {', '.join(self.published)}" if self.published else "nothing was published"
+            raise TrainingDiverged(f"{told}; {done}", step=first.step, examples=first.examples)
+
+
+@dataclass(kw_only=True)
+class _Adapter:
+    """All that belongs to one of them."""
+
+    config: RunConfig
+    data: DataFacts
+    train: list[EncodedExample]
+    evaluator: Evaluator
+    trainable: TrainableFacts
+    course: Course
+    progress: TrainingProgress
+    watch: HeldOutWatch
+    overwrite: bool
+    saved: SavedRun | None = field(default=None)
+
+    @property
+    def name(self) -> str:
+        return self.course.member.name
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        return {"progress": self.progress, "held_out_watch": self.watch}
+
+
+def run_together(
+    config: TogetherConfig, console: Console, *, overwrite: bool = False, resume: bool = False, nproc: int = 1
+) -> TogetherResult:
+    """Raises PolyheadError for everything that the user can mend; an adapter that diverges is in the result."""
+    with joined(config.shared.backbone.device, config.shared.parallel.timeout_s) as ranks:
+        if max(nproc, ranks.size) > 1:
+            raise ConfigError(
+                f"[[adapters]] are trained together in one process, and {max(nproc, ranks.size)} were started: leave "
+                "--nproc out, or give each adapter a configuration of its own"
+            )
+        return _run(config, console, overwrite, resume)
+
+
+def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool) -> TogetherResult:
+    started = time.perf_counter()
+    checkpoints = CheckpointDirectory(config.output)
+    if not resume:
+        checkpoints.check_fresh()
+    replaces = {name: overwrite or (resume and _is_ours(run)) for name, run in config.runs.items()}
+    for name, run in config.runs.items():
+        check_output(run.output, replaces[name])
+    settings = config.shared.training
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+
+    backbone = backbones.load(config.shared.backbone)
+    facts = BackboneFacts.of(backbone)
+    shared = SharedBackbone(backbone, settings.logit_chunk)
+    adapters = [_open(run, name, shared, facts, console, replaces[name]) for name, run in config.runs.items()]
+    shared.prepare([example for adapter in adapters for example in adapter.train])
+    _train(config, shared, adapters, facts, checkpoints, console)
+
+    published = {}
+    for adapter in adapters:
+        if adapter.course.failure is None:
+            published[adapter.name] = _finish(adapter, adapters, shared, facts, checkpoints, console, started)
+    failures = {adapter.name: adapter.course.failure for adapter in adapters if adapter.course.failure is not None}
+    checkpoints.remove()
+    return TogetherResult(published=published, failures=failures)
+
+
+def _is_ours(run: RunConfig) -> bool:
+    """Whether the output is what this very run leaves: it was killed between the first publication and the last."""
+    record = read_record(run.output)
+    return record is not None and record["config"] == run.model_dump(mode="json")
+
+
+def _open(
+    config: RunConfig, name: str, shared: SharedBackbone, facts: BackboneFacts, console: Console, overwrite: bool
+) -> _Adapter:
+    backbone: Backbone = shared.backbone
+    task = open_task(config, backbone)
+    train = load_examples(config.data.train, backbone.tokenizer, config.data.max_length, task.encode)
+    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
+    check_disjoint(train.examples, held_out.examples)
+    evaluator = task.evaluator(held_out.examples)
+    assert isinstance(config.adapter, LoraSettings), "checked with the configuration"
+    num_untouched = count_parameters(backbone.model)
+    member = shared.add(name, config.adapter, config.training.seed)
+    with shared.only(member):
+        trainable = TrainableFacts.of(member.tuned.model, facts, num_untouched)
+        loop = TrainingLoop(member.tuned, task.objective(member.tuned), train.examples, config.training)
+    progress = TrainingProgress(Console(quiet=True))
+    watch = HeldOutWatch(
+        evaluator, config.training, lambda line: console.print(f"{name}: {line}", highlight=False, markup=False)
+    )
+    last_good = LastGood()
+
+    def keep(error: TrainingDiverged) -> TrainingDiverged:
+        kept = keep_what_is_left(error, last_good, member.tuned, config.output, facts)
+        console.print(f"{name} has diverged, the others go on: {kept.message}", highlight=False, markup=False)
+        return kept
+
+    data = DataFacts.of(config, train, held_out)
+    console.rule(escape(name))
+    report.print_plan(console, config, facts, data, trainable, loop.num_steps)
+    return _Adapter(
+        config=config,
+        data=data,
+        train=train.examples,
+        evaluator=evaluator,
+        trainable=trainable,
+        course=Course(member=member, loop=loop, hooks=[progress, watch, last_good], keep_what_is_left=keep),
+        progress=progress,
+        watch=watch,
+        overwrite=overwrite,
+    )
+
+
+def _train(
+    config: TogetherConfig,
+    shared: SharedBackbone,
+    adapters: Sequence[_Adapter],
+    facts: BackboneFacts,
+    checkpoints: CheckpointDirectory,
+    console: Console,
+) -> None:
+    """From the first round, or from the latest checkpoint on."""
+    identities = {adapter.name: RunIdentity.of(adapter.config, adapter.data, facts) for adapter in adapters}
+    stateful = {adapter.name: adapter.stateful for adapter in adapters}
+    courses = [adapter.course for adapter in adapters]
+    latest = checkpoints.latest()
+    if latest is not None:
+        SavedTogether.read(latest).check_continues(identities, latest)
+        saved = restore_together(latest, shared, courses, stateful)
+        console.print(f"continuing {latest} after round {saved.round}", highlight=False, soft_wrap=True)
+    else:
+        console.print("measuring the backbone on the held-out examples of each")
+        before = {
+            adapter.name: SavedRun(
+                identity=identities[adapter.name], before=adapter.evaluator.measure(shared.backbone.model), hooks={}
+            )
+            for adapter in adapters
+        }
+        saved = SavedTogether(round=0, adapters=before, failures={}, stopped={})
+    for adapter in adapters:
+        adapter.saved = saved.adapters[adapter.name]
+    checkpointer = TogetherCheckpointer(checkpoints, config.shared.checkpoint, shared, saved, stateful)
+    progress = TogetherProgress(console, {adapter.name: adapter.progress for adapter in adapters})
+    try:
+        with progress:
+            train_together(shared, courses, config.shared.training, [progress, checkpointer])
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+
+
+def _finish(
+    adapter: _Adapter,
+    adapters: Sequence[_Adapter],
+    shared: SharedBackbone,
+    facts: BackboneFacts,
+    checkpoints: CheckpointDirectory,
+    console: Console,
+    started: float,
+) -> RunResult:
+    """Measures and publishes one adapter."""
+    course, config = adapter.course, adapter.config
+    member: Member = course.member
+    assert adapter.saved is not None
+    console.rule(escape(adapter.name))
+    if course.loop.stopped_because is not None:
+        console.print(f"stopped: {course.loop.stopped_because}", highlight=False, soft_wrap=True)
+    with shared.only(member):
+        if adapter.watch.restore_best(member.tuned):
+            console.print(f"kept: the weights of step {adapter.watch.best_step}", highlight=False)
+        after = adapter.evaluator.measure(member.tuned.model)
+        record = RunRecord(
+            config=config,
+            backbone=facts,
+            data=adapter.data,
+            trainable=adapter.trainable,
+            before=adapter.saved.before,
+            after=after,
+            curve=adapter.progress.history,
+            held_out_curve=adapter.watch.losses,
+            questions=[item.example.question for item in adapter.evaluator.answered],
+            references=[item.example.reference for item in adapter.evaluator.answered],
+            train_seconds=sum(step.seconds for step in adapter.progress.history),
+            total_seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(shared.backbone.device),
+            trained_with=[other.name for other in adapters if other is not adapter],
+        )
+        latest = checkpoints.latest()
+        kept = f"the trained state of all adapters is in {latest}: --resume" if latest else "nothing was kept"
+        with writing(config.output, kept):
+            content = publish(member.tuned, record, overwrite=adapter.overwrite)
+    report.print_outcome(console, record)
+    console.print(f"adapter {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
+    return RunResult(record=record, content_hash=content)
