@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,16 @@ def test_backbones_that_mix_rows_are_refused(tmp_path: Path) -> None:
     backbone.model.model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(ConfigError, match=r"drops out activations of its own \(model.layers.0.self_attn\)"):
         SharedBackbone(backbone)
+
+
+def test_the_benchmark_trains_the_same_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = import_module("training_together")
+    save_backbone("llama", tmp_path / "llama")
+    work = benchmark.prepare(str(tmp_path / "llama"), "none", num_adapters=2, num_steps=2, batch_size=2)
+    found = benchmark.measure(work, rounds=1)
+    assert list(found) == ["together", "separate, padded", "separate, packed"]
+    for timing in found.values():
+        assert timing.first_losses == pytest.approx(found["together"].first_losses, rel=1e-5)
+        assert len(timing.tokens_per_s) == len(timing.tokens_per_cpu_s) == 1
+        assert timing.median > 0

@@ -58,7 +58,7 @@ class JointLinear(nn.Module):
         for at, (number, x_part) in enumerate(zip(self._layout.numbers, x_1NI.split(sizes, dim=1), strict=True)):
             if str(number) in self.adapters:
                 pieces[at] = _with_update(pieces[at], x_part, self.adapters[str(number)])
-        return torch.cat(pieces, dim=1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def _with_update(y_1NO: Tensor, x_1NI: Tensor, layer: nn.Module) -> Tensor:
