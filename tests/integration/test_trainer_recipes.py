@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_trainer_run import run_quietly
 from test_trainer_seq2seq import save_encoder_decoder
 from transformers import AutoTokenizer
 
 from polyhead_trainer.config import RunConfig, parse_config
 from polyhead_trainer.config.adapter import METHODS
+from polyhead_trainer.config.together import parse_together
 from polyhead_trainer.demo_data import prepare
 from polyhead_trainer.recipe_book import find_recipe, recipes
 from polyhead_trainer.reevaluate import measure, read_subject
+from polyhead_trainer.together.run import run_together
 from tiny import save_backbone
 
-NAMES = [recipe.name for recipe in recipes()]
+TOGETHER = [recipe.name for recipe in recipes() if "[[adapters]]" in recipe.text]
+NAMES = [recipe.name for recipe in recipes() if recipe.name not in TOGETHER]
 NEEDS = {"second_task_full": "full", "second_task_same_adapter": "tweet_sentiment"}
 """Recipes that go on where another one ended."""
 SMALLER = {
@@ -78,6 +82,27 @@ def test_a_recipe_runs_and_its_output_is_read_back(folder: Path, monkeypatch: py
     assert again.after.held_out_loss != again.before.held_out_loss, "two steps changed nothing"
     if config.evaluate.earlier:
         assert again.after.earlier_loss is not None
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_recipe_of_several_adapters_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    values: dict[str, Any] = tomllib.loads(find_recipe(name).text)
+    values["backbone"] = {"source": "backbone", "cache_dir": "cache"}
+    values["adapter"]["layers"] = [1, 2]
+    values["evaluate"]["general_tokens"] = 64
+    for entry in values["adapters"]:
+        for section, smaller in SMALLER.items():
+            entry[section].update(smaller)
+        entry["training"].pop("epochs", None)
+    config = parse_together(values, name)
+    assert len(config.runs) > 1
+    result = run_together(config, Console(quiet=True))
+    assert result.published.keys() == config.runs.keys()
+    for one in result.published.values():
+        again = measure(read_subject(one.record.config.output, []))
+        assert again.after == one.record.after
+        assert again.after.held_out_loss != again.before.held_out_loss, "two steps changed nothing"
 
 
 def test_every_method_has_a_recipe() -> None:

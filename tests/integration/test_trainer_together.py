@@ -22,7 +22,14 @@ from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.cli import app
 from polyhead_trainer.config import TogetherConfig, load_config, load_run
 from polyhead_trainer.data import load_examples
-from polyhead_trainer.errors import CheckpointExists, DataError, OutputExists, ResumeRefused, TrainingDiverged
+from polyhead_trainer.errors import (
+    CheckpointExists,
+    DataError,
+    OutOfMemory,
+    OutputExists,
+    ResumeRefused,
+    TrainingDiverged,
+)
 from polyhead_trainer.evaluate import prepare
 from polyhead_trainer.record import METRICS_FILE, read_record
 from polyhead_trainer.run import run
@@ -301,6 +308,15 @@ def test_early_stopping_and_the_best_weights_are_each_adapters_own(file: Path) -
 def test_several_processes_are_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[\[adapters\]\] are trained together in one process, and 2 were started"):
         train(file, nproc=2)
+
+
+def test_memory_that_runs_out_names_what_needs_less(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("polyhead_trainer.together.model.SharedBackbone.accumulate_gradients", fail)
+    with pytest.raises(OutOfMemory, match=r"no more; a pass holds one micro-batch of each of the 2 adapters"):
+        train(file)
 
 
 def test_data_that_is_not_there_is_named(file: Path) -> None:

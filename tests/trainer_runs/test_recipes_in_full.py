@@ -33,7 +33,9 @@ MAX_FORGETTING = 1.5
 """Largest ratio of the perplexities of general text, after to before."""
 IN_FULL = [*MARGINS, "full", "second_task_full", "second_task_same_adapter"]
 FOR_A_FEW_STEPS = [
-    recipe.name for recipe in recipes() if recipe.name not in IN_FULL and "bigscience" not in recipe.text
+    recipe.name
+    for recipe in recipes()
+    if recipe.name not in IN_FULL and "bigscience" not in recipe.text and "[[adapters]]" not in recipe.text
 ]
 SHORT: dict[str, dict[str, Any]] = {
     "training": {"max_steps": 6, "batch_size": 8},

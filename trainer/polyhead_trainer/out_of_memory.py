@@ -24,14 +24,15 @@ def explaining_out_of_memory(config: RunConfig, num_ranks: int) -> Iterator[None
     """Raises OutOfMemory for allocations that fail inside."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_allocation(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation(error):
             raise
         raise OutOfMemory(_explanation(config, num_ranks, str(error))) from error
 
 
-def _is_allocation(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATION_FAILED in str(error)
+def is_allocation(error: MemoryError | RuntimeError) -> bool:
+    """Whether it says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATION_FAILED in str(error)
 
 
 def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
