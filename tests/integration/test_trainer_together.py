@@ -235,6 +235,18 @@ def test_a_killed_run_continues_bit_for_bit(
     assert not CheckpointDirectory(tmp_path / "adapters").path.exists()
 
 
+def test_streamed_data_continue_where_they_stood(file: Path, tmp_path: Path, kill_at: Callable[[int], None]) -> None:
+    streamed = ("adapters.colours.data.streaming=true", "adapters.colours.data.shuffle_buffer=8")
+    undisturbed = train(file, *streamed, f'output="{tmp_path}/undisturbed"')
+    kill_at(10)
+    with pytest.raises(Killed):
+        train(file, *streamed, *SAVING)
+    kill_at(0)
+    continued = train(file, *streamed, *SAVING, resume=True)
+    assert losses(continued) == losses(undisturbed)
+    assert continued.published["colours"].record.data.num_train_tokens is None
+
+
 def test_killed_between_two_publications(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from polyhead_trainer.together import run as module
 
@@ -320,7 +332,7 @@ def test_memory_that_runs_out_names_what_needs_less(file: Path, monkeypatch: pyt
 
 
 def test_data_that_is_not_there_is_named(file: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read nowhere\.jsonl"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         train(file, 'adapters.sizes.data.train=["nowhere.jsonl"]')
 
 

@@ -50,7 +50,7 @@ def test_each_is_a_whole_run_over_what_is_shared(tmp_path: Path) -> None:
     assert (two.training.max_steps, two.training.epochs) == (None, 2)
     assert (two.training.seed, two.training.batch_size, two.training.learning_rate) == (3, 2, 1e-4)
     assert (one.training.seed, one.training.batch_size) == (0, 16)
-    assert (one.data.held_out, two.data.held_out) == ([Path("held_out.jsonl")], [Path("else.jsonl")])
+    assert (one.data.held_out, two.data.held_out) == (["held_out.jsonl"], ["else.jsonl"])
     assert one.backbone == two.backbone == config.shared.backbone
     assert config.shared.backbone.device == "cuda"
 

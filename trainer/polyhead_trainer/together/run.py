@@ -15,7 +15,6 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer import backbones, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
 from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
-from polyhead_trainer.data import EncodedExample, check_disjoint, load_examples
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.errors import OutOfMemory, TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
@@ -32,6 +31,7 @@ from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpoi
 from polyhead_trainer.together.loop import Course, train_together
 from polyhead_trainer.together.model import Member, SharedBackbone
 from polyhead_trainer.together.progress import TogetherProgress
+from polyhead_trainer.training_data import RunData, open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class _Adapter:
     """All that belongs to one of them."""
 
     config: RunConfig
-    data: DataFacts
-    train: list[EncodedExample]
+    data: RunData
+    facts: DataFacts
     evaluator: Evaluator
     trainable: TrainableFacts
     course: Course
@@ -68,7 +68,8 @@ class _Adapter:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        return {"progress": self.progress, "held_out_watch": self.watch}
+        stream: dict[str, Stateful] = {} if self.data.stream is None else {"data": self.data.stream}
+        return {"progress": self.progress, "held_out_watch": self.watch, **stream}
 
 
 def run_together(
@@ -109,7 +110,7 @@ def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool
     facts = BackboneFacts.of(backbone)
     shared = SharedBackbone(backbone, settings.logit_chunk)
     adapters = [_open(run, name, shared, facts, console, replaces[name]) for name, run in config.runs.items()]
-    shared.prepare([example for adapter in adapters for example in adapter.train])
+    shared.prepare([example for adapter in adapters for example in adapter.data.sample()])
     _train(config, shared, adapters, facts, checkpoints, console)
 
     published = {}
@@ -132,16 +133,14 @@ def _open(
 ) -> _Adapter:
     backbone: Backbone = shared.backbone
     task = open_task(config, backbone)
-    train = load_examples(config.data.train, backbone.tokenizer, config.data.max_length, task.encode)
-    held_out = load_examples(config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode)
-    check_disjoint(train.examples, held_out.examples)
-    evaluator = task.evaluator(held_out.examples)
+    data = open_data(config.data, backbone.tokenizer, task.encode)
+    evaluator = task.evaluator(data.held_out.examples)
     assert isinstance(config.adapter, LoraSettings), "checked with the configuration"
     num_untouched = count_parameters(backbone.model)
     member = shared.add(name, config.adapter, config.training.seed)
     with shared.only(member):
         trainable = TrainableFacts.of(member.tuned.model, facts, num_untouched)
-        loop = TrainingLoop(member.tuned, task.objective(member.tuned), train.examples, config.training)
+        loop = TrainingLoop(member.tuned, task.objective(member.tuned), data.examples, config.training)
     progress = TrainingProgress(Console(quiet=True))
     watch = HeldOutWatch(
         evaluator, config.training, lambda line: console.print(f"{name}: {line}", highlight=False, markup=False)
@@ -153,13 +152,13 @@ def _open(
         console.print(f"{name} has diverged, the others go on: {kept.message}", highlight=False, markup=False)
         return kept
 
-    data = DataFacts.of(config, train, held_out)
+    facts_of_data = DataFacts.of(config, data.train, data.held_out)
     console.rule(escape(name))
-    report.print_plan(console, config, facts, data, trainable, loop.num_steps)
+    report.print_plan(console, config, facts, facts_of_data, trainable, loop.num_steps)
     return _Adapter(
         config=config,
         data=data,
-        train=train.examples,
+        facts=facts_of_data,
         evaluator=evaluator,
         trainable=trainable,
         course=Course(member=member, loop=loop, hooks=[progress, watch, last_good], keep_what_is_left=keep),
@@ -178,7 +177,7 @@ def _train(
     console: Console,
 ) -> None:
     """From the first round, or from the latest checkpoint on."""
-    identities = {adapter.name: RunIdentity.of(adapter.config, adapter.data, facts) for adapter in adapters}
+    identities = {adapter.name: RunIdentity.of(adapter.config, adapter.facts, facts) for adapter in adapters}
     stateful = {adapter.name: adapter.stateful for adapter in adapters}
     courses = [adapter.course for adapter in adapters]
     latest = checkpoints.latest()
@@ -230,7 +229,7 @@ def _finish(
         record = RunRecord(
             config=config,
             backbone=facts,
-            data=adapter.data,
+            data=adapter.facts.after(adapter.data.stream),
             trainable=adapter.trainable,
             before=adapter.saved.before,
             after=after,
