@@ -164,5 +164,7 @@ def _check_possible(run: RunConfig, where: str) -> None:
         problem = "training.neftune_alpha, whose noise goes by the width of a padded batch"
     elif training.activation_checkpointing != "none" and adapter.dropout:
         problem = "training.activation_checkpointing with adapter.dropout, which would differ when computed again"
+    elif run.tracking.mlflow or run.tracking.wandb:
+        problem = "tracking.mlflow and tracking.wandb, which know one run at a time (TensorBoard is told of each)"
     if problem:
         raise ConfigError(f"{where}: not trained together with others: {problem}; give it a configuration of its own")

@@ -21,16 +21,18 @@ from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.out_of_memory import is_allocation
 from polyhead_trainer.parallel import joined
+from polyhead_trainer.parallel.memory import peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters, read_record
-from polyhead_trainer.run import RunResult, peak_memory_bytes
+from polyhead_trainer.run import RunResult
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpointer, restore_together
 from polyhead_trainer.together.loop import Course, train_together
 from polyhead_trainer.together.model import Member, SharedBackbone
 from polyhead_trainer.together.progress import TogetherProgress
+from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking
 from polyhead_trainer.training_data import RunData, open_data
 
 
@@ -59,6 +61,7 @@ class _Adapter:
     course: Course
     progress: TrainingProgress
     watch: HeldOutWatch
+    tracking: RunTracking
     overwrite: bool
     saved: SavedRun | None = field(default=None)
 
@@ -69,7 +72,7 @@ class _Adapter:
     @property
     def stateful(self) -> dict[str, Stateful]:
         stream: dict[str, Stateful] = {} if self.data.stream is None else {"data": self.data.stream}
-        return {"progress": self.progress, "held_out_watch": self.watch, **stream}
+        return {"progress": self.progress, "held_out_watch": self.watch, "tracking": self.tracking, **stream}
 
 
 def run_together(
@@ -96,6 +99,7 @@ def run_together(
 
 def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool) -> TogetherResult:
     started = time.perf_counter()
+    check_tracking(config.shared.tracking)
     checkpoints = CheckpointDirectory(config.output)
     if not resume:
         checkpoints.check_fresh()
@@ -145,9 +149,11 @@ def _open(
     watch = HeldOutWatch(
         evaluator, config.training, lambda line: console.print(f"{name}: {line}", highlight=False, markup=False)
     )
+    tracking = RunTracking([EventFiles(config.output)], watch)
     last_good = LastGood()
 
     def keep(error: TrainingDiverged) -> TrainingDiverged:
+        tracking.fail()
         kept = keep_what_is_left(error, last_good, member.tuned, config.output, facts)
         console.print(f"{name} has diverged, the others go on: {kept.message}", highlight=False, markup=False)
         return kept
@@ -161,9 +167,10 @@ def _open(
         facts=facts_of_data,
         evaluator=evaluator,
         trainable=trainable,
-        course=Course(member=member, loop=loop, hooks=[progress, watch, last_good], keep_what_is_left=keep),
+        course=Course(member=member, loop=loop, hooks=[progress, watch, tracking, last_good], keep_what_is_left=keep),
         progress=progress,
         watch=watch,
+        tracking=tracking,
         overwrite=overwrite,
     )
 
@@ -195,7 +202,8 @@ def _train(
         }
         saved = SavedTogether(round=0, adapters=before, failures={}, stopped={})
     for adapter in adapters:
-        adapter.saved = saved.adapters[adapter.name]
+        own = adapter.saved = saved.adapters[adapter.name]
+        adapter.tracking.begin(adapter.config, own.before, adapter.progress.history)
     checkpointer = TogetherCheckpointer(checkpoints, config.shared.checkpoint, shared, saved, stateful)
     progress = TogetherProgress(console, {adapter.name: adapter.progress for adapter in adapters})
     try:
@@ -226,6 +234,7 @@ def _finish(
         if adapter.watch.restore_best(member.tuned):
             console.print(f"kept: the weights of step {adapter.watch.best_step}", highlight=False)
         after = adapter.evaluator.measure(member.tuned.model)
+        adapter.tracking.finish(after, course.loop.step)
         record = RunRecord(
             config=config,
             backbone=facts,
@@ -244,8 +253,10 @@ def _finish(
         )
         latest = checkpoints.latest()
         kept = f"the trained state of all adapters is in {latest}: --resume" if latest else "nothing was kept"
+        events = EventFiles(config.output)
         with writing(config.output, kept):
-            content = publish(member.tuned, record, overwrite=adapter.overwrite)
+            content = publish(member.tuned, record, events, overwrite=adapter.overwrite)
+        events.remove()
     report.print_outcome(console, record)
     console.print(f"adapter {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
     return RunResult(record=record, content_hash=content)

@@ -85,9 +85,12 @@ class RunTracking:
         try:
             yield
         except BaseException:
-            for tracker in self._trackers:
-                tracker.end(finished=False)
+            self.fail()
             raise
+
+    def fail(self) -> None:
+        for tracker in self._trackers:
+            tracker.end(finished=False)
 
     def finish(self, after: Measures, step: int) -> None:
         for tracker in self._trackers:
