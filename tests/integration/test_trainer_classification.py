@@ -184,7 +184,7 @@ def test_what_does_not_fit_the_task_is_refused(tmp_path: Path) -> None:
         configuration(tmp_path, ADAPTERS["head"], "task=completion")
     with pytest.raises(ConfigError, match=r"evaluate\.general_text and evaluate\.earlier measure a language model"):
         configuration(tmp_path, ADAPTERS["head"], 'evaluate.general_text="x.txt"')
-    with pytest.raises(DataError, match=r"train\.jsonl:1: label 'bad': expected one of flat, good"):
+    with pytest.raises(DataError, match=r"held_out\.jsonl:\d+: label 'bad': expected one of flat, good"):
         run_quietly(configuration(tmp_path, ADAPTERS["head"], 'data.labels=["flat", "good"]'))
     with pytest.raises(DataError, match=r"jsonl:1: a record for classification, where the task expects completion"):
         run_quietly(configuration(tmp_path, ADAPTERS["lora"], "task=completion"))
