@@ -193,6 +193,7 @@ def test_as_many_ranks_go_on_bit_for_bit_with_dropout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_one_process_goes_on_where_four_stopped(tmp_path: Path) -> None:
     whole, killed = whole_and_killed(tmp_path, 40)
     assert "of 4 was killed by SIGKILL" in kill_a_rank_at(10, killed, "--nproc", "4")
