@@ -40,7 +40,7 @@ def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
     message = f"out of memory on {config.backbone.device}: {first_line}"
     try:
         needed = estimate(config, nproc=num_ranks)
-        smaller = list(_smaller(config, num_ranks))
+        smaller = list(_smaller(config, num_ranks, needed.peak))
     except PolyheadError as error:
         return f"{message}; what the run needs cannot be estimated ({error.message})"
     parts = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in needed.parts().items() if value)
@@ -48,16 +48,15 @@ def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
     message += f"; `trainer estimate` expects on each rank: {parts}; there are {available / MIB:,.0f} MiB"
     if not smaller:
         return f"{message}; no setting of the trainer would make it smaller: use a larger device or a smaller backbone"
-    fits = [f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in smaller if peak <= available]
-    listed = [f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in smaller]
     # What else runs on the device is unknown, so that an estimate below what there is in all may still not fit.
-    return f"{message}; settings that need less: {'; '.join(fits or listed)}"
+    fits = [(names, peak) for names, peak in smaller if peak <= available]
+    listed = "; ".join(f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in fits or smaller)
+    return f"{message}; settings that need less: {listed}"
 
 
-def _smaller(config: RunConfig, num_ranks: int) -> Iterator[tuple[str, int]]:
-    """(settings, expected peak in bytes), each with those before it, as far as they save something."""
+def _smaller(config: RunConfig, num_ranks: int, least: int) -> Iterator[tuple[str, int]]:
+    """(settings, expected peak in bytes), each with those before it, as far as they save something on `least`."""
     names: list[str] = []
-    least = estimate(config, nproc=num_ranks).peak
     for setting, change in _changes(config):
         candidate = change(config)
         peak = _peak(candidate, num_ranks)
@@ -79,7 +78,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, Callable[[RunConfig], Run
         yield "training.activation_checkpointing = all", _set("training", activation_checkpointing="all")
     if size > 4:
         yield "training.micro_batch_size = 1", _set("training", micro_batch_size=1)
-    if config.backbone.quantization == "none" and config.adapter.method not in ("full",):
+    if config.backbone.quantization == "none" and config.adapter.method != "full":
         yield "backbone.quantization = int8", _set("backbone", quantization="int8")
 
 

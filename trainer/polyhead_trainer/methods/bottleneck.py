@@ -26,10 +26,10 @@ from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_adap
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterFormatError, BackboneError
 from polyhead_trainer.backbones import HUB_NAMES
-from polyhead_trainer.config import BottleneckSettings, TrainingSection
+from polyhead_trainer.config import BottleneckSettings
 from polyhead_trainer.decoder_layers import require_transformer_layers
 from polyhead_trainer.methods.peft_tuned import check_backbone, check_same_tensors, task_type
-from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 BOTTLENECK_TYPE = "BOTTLENECK"
 PREFIX = "base_model.model."
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 @dataclass
-class BottleneckTuned:
+class BottleneckTuned(TrainedAtOneRate):
     """Implements Tuned."""
 
     model: PreTrainedModel
@@ -74,12 +74,6 @@ class BottleneckTuned:
         finally:
             for module in added:
                 module.enabled = True
-
-    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
-        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
-
-    def trained_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         (directory / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polyhead_core.adapter_directory import CONFIG_FILE
 from polyhead_core.backbone import Backbone
 from polyhead_core.backbone.checkpoint import compute_fingerprint
 from polyhead_core.errors import BackboneError, ConfigError
-from polyhead_trainer.config import FullSettings, TrainingSection
-from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.config import FullSettings
+from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 
 @dataclass
-class FullTuned:
+class FullTuned(TrainedAtOneRate):
     """Implements Tuned. Its baseline is the model itself, and holds before the first step alone."""
 
     model: PreTrainedModel
@@ -31,12 +31,6 @@ class FullTuned:
     @contextmanager
     def baseline(self) -> Iterator[None]:
         yield
-
-    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
-        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
-
-    def trained_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         self.model.save_pretrained(directory)
@@ -76,12 +70,13 @@ def last_layers(backbone: Backbone, count: int) -> list[nn.Module]:
     """The last decoder layers, the norms after them, and a classifier's scores. Raises ConfigError, BackboneError."""
     model: Any = backbone.model
     decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
-    stacks = [(name, child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)]
+    children = list(decoder.children())
+    stacks = [child for child in children if isinstance(child, nn.ModuleList)]
     if len(stacks) != 1:
         raise BackboneError(
             f"adapter.last_layers: {type(decoder).__name__} has {len(stacks)} lists of layers, expected one"
         )
-    (_, layers), children = stacks[0], list(decoder.children())
+    (layers,) = stacks
     if count > len(layers):
         raise ConfigError(f"adapter.last_layers = {count}: the backbone has {len(layers)} layers")
     after = children[children.index(layers) + 1 :]

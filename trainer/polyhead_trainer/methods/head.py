@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from polyhead_core.adapter_directory import stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.backbones import HUB_NAMES
-from polyhead_trainer.config import HeadSettings, TrainingSection
+from polyhead_trainer.config import HeadSettings
 from polyhead_trainer.heads import ScoreHead, save_head
-from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 
 @dataclass
-class HeadTuned:
+class HeadTuned(TrainedAtOneRate):
     """Implements Tuned. Its baseline knows nothing: all labels are equally likely."""
 
     model: PreTrainedModel
@@ -40,12 +39,6 @@ class HeadTuned:
         finally:
             with torch.no_grad():
                 self.head.weight.copy_(trained)
-
-    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
-        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
-
-    def trained_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         labels: Any = self.model.config.id2label

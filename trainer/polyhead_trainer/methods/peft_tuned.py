@@ -16,12 +16,11 @@ from polyhead_core.adapter_directory import read_adapter_directory, stamp_backbo
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterMismatch, ConfigError
 from polyhead_trainer.backbones import HUB_NAMES
-from polyhead_trainer.config import TrainingSection
-from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 
 @dataclass
-class PeftTuned:
+class PeftTuned(TrainedAtOneRate):
     """Implements Tuned."""
 
     model: PeftModel
@@ -32,12 +31,6 @@ class PeftTuned:
     def baseline(self) -> Iterator[None]:
         with self.model.disable_adapter():
             yield
-
-    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
-        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
-
-    def trained_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         self.model.save_pretrained(str(directory), save_embedding_layers=self.save_embedding_layers)

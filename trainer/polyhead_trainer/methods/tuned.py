@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,3 +37,16 @@ class Tuned(Protocol):
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass
+class TrainedAtOneRate:
+    """The half of Tuned that most methods share: all that requires gradients is trained, and at one learning rate."""
+
+    model: nn.Module
+
+    def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
+        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}
