@@ -46,7 +46,12 @@ LLAMACPP = Recipe(
     # pip's cache of built wheels asks neither for the flags nor for the processor that they were built with.
     arguments=("--no-binary", "llama-cpp-python", "--no-cache-dir"),
     # Everything that llama.cpp has for this very processor; its server and image parts are not asked for.
-    build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF"},
+    # On a processor with AMX it dies of an illegal instruction unless dead stores are kept: gcc drops those of the tile
+    # configuration (llama.cpp's pull request 26954).
+    build={
+        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF"
+        " -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"
+    },
     needs=("cmake", "g++"),
     built_for_this_cpu=True,
 )

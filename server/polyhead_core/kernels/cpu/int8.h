@@ -5,6 +5,7 @@
 
 #include "memory.h"
 #include "team.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace polyhead {
@@ -86,6 +87,8 @@ constexpr int64_t VECTORS = 2;                    // vectors of outputs in a pan
 constexpr int64_t PANEL = VECTORS * LANES32;      // outputs in a panel
 constexpr int64_t QUAD = 4;                       // inputs that one product instruction joins
 constexpr int64_t QUAD_BYTES = KEEPS_MAGNITUDES ? 2 * QUAD : QUAD;  // of a quantised row: values, then magnitudes
+constexpr int64_t PART = HAS_TILES ? TILE_DEPTH : QUAD;             // each part of a quantised row ends in zeros up to it
+static_assert(!HAS_TILES || (BIASED_WEIGHTS && PANEL == 32), "tiles.h reads such panels");
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -93,7 +96,7 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 struct PackedLinear : torch::CustomClassHolder {
   int64_t in, out, outliers;  // inputs, outputs, static outlier columns
   int64_t depth, tail;        // inputs and outlier columns, each rounded up to QUAD
-  at::Tensor panels;          // int8 [num_panels, depth + tail, PANEL], in quads: [.., QUAD k of output 0, of output 1, ..]
+  at::Tensor panels;          // int8 num_panels x [depth + tail, PANEL], in quads: [.., QUAD k of output 0, of output 1, ..]
   at::Tensor scale;           // float [num_panels * PANEL]: absmax / 127
   at::Tensor bias;            // float [num_panels * PANEL]
   at::Tensor smooth;          // float [in], or empty: none
@@ -122,16 +125,19 @@ struct PackedLinear : torch::CustomClassHolder {
     scale = at::zeros({padded}), bias = at::zeros({padded});
     scale.narrow(0, 0, out).copy_(absmax / 127.0);
     if (bias_) bias.narrow(0, 0, out).copy_(*bias_);
-    const at::DimVector sizes{num_panels(), depth + tail, PANEL};
-    panels = lasting ? empty_on_huge_pages(sizes) : at::empty(sizes, at::kChar);
+    // A tile reads to its end, past the last panel's.
+    const int64_t bytes = num_panels() * (depth + tail) * PANEL + (PART - QUAD) * PANEL;
+    panels = lasting ? empty_on_huge_pages(bytes) : at::empty({bytes}, at::kChar);
     pack(weight.const_data_ptr<int8_t>());
   }
 
   int64_t num_panels() const { return (out + PANEL - 1) / PANEL; }
-  int64_t row_bytes() const { return (depth + 2 * tail) / QUAD * QUAD_BYTES; }
-  const int8_t* panel(int64_t index) const {
-    return panels.const_data_ptr<int8_t>() + index * (depth + tail) * PANEL;
-  }
+  // Of a quantised row's parts: where the outlier columns begin, and how long each of their two is.
+  int64_t main_bytes() const { return round_up(depth, PART) / QUAD * QUAD_BYTES; }
+  int64_t tail_bytes() const { return round_up(tail, PART) / QUAD * QUAD_BYTES; }
+  int64_t row_bytes() const { return main_bytes() + 2 * tail_bytes(); }
+  int64_t panel_bytes() const { return (depth + tail) * PANEL; }
+  const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
     return panels.nbytes() + scale.nbytes() + bias.nbytes() + smooth.nbytes() + columns.nbytes();
   }
@@ -170,7 +176,7 @@ struct QuantizedRows {
     const auto grow = [](auto& vector, int64_t size) {
       if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
     };
-    grow(quads, rows * stride);
+    grow(quads, round_up(rows, TILE_ROWS) * stride);
     grow(scales, 3 * rows);
     grow(sums, 3 * rows);
   }
@@ -182,21 +188,22 @@ struct QuantizeScratch {
   std::vector<int8_t> q;
 
   void resize(int64_t in, int64_t outliers) {
-    if (static_cast<int64_t>(row.size()) < in) row.resize(in), q.resize(in + QUAD);
+    if (static_cast<int64_t>(row.size()) < in) row.resize(in), q.resize(in + PART);
     if (static_cast<int64_t>(large.size()) < outliers) large.resize(outliers);
   }
 };
 
-// q = round(x / scale) with scale = max|x| / 127; returns scale. `q` has room up to the next multiple of QUAD.
+// q = round(x / scale) with scale = max|x| / 127; returns scale. `q` has room up to the next multiple of PART.
 inline float quantize_values(const float* x, int64_t size, int8_t* q) {
   const float scale = std::max(largest_magnitude(x, size) / 127.0f, 1e-12f);
   for (int64_t i = 0; i < size; ++i) q[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(x[i] / scale)));
-  for (int64_t i = size; i < round_up(size, QUAD); ++i) q[i] = 0;
+  for (int64_t i = size; i < round_up(size, PART); ++i) q[i] = 0;
   return scale;
 }
 
-// Lays q out in quads; returns what the products need of its sum.
-inline int32_t put_quads(const int8_t* q, int64_t padded, int8_t* to) {
+// Lays q out in quads up to the next multiple of PART; returns what the products need of its sum.
+inline int32_t put_quads(const int8_t* q, int64_t size, int8_t* to) {
+  const int64_t padded = round_up(size, PART);
   if constexpr (KEEPS_MAGNITUDES) {
     for (int64_t i = 0; i < padded; i += QUAD) {
       int8_t magnitudes[QUAD];
@@ -230,7 +237,7 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
   if (linear.outliers) {
     const int64_t* column = linear.columns.const_data_ptr<int64_t>();
     float* large = scratch.large.data();
-    int8_t* high = quads + linear.depth / QUAD * QUAD_BYTES;
+    int8_t* high = quads + linear.main_bytes();
     for (int64_t k = 0; k < linear.outliers; ++k) {
       large[k] = row[column[k]];
       row[column[k]] = 0;
@@ -239,7 +246,7 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
     sums[1] = put_quads(q, linear.tail, high);
     for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(q[k]) * scales[1];
     scales[2] = quantize_values(large, linear.outliers, q);
-    sums[2] = put_quads(q, linear.tail, high + linear.tail / QUAD * QUAD_BYTES);
+    sums[2] = put_quads(q, linear.tail, high + linear.tail_bytes());
   }
   scales[0] = quantize_values(row, linear.in, q);
   sums[0] = put_quads(q, linear.depth, quads);
@@ -302,27 +309,24 @@ inline void multiply(const int8_t* w, int64_t ahead, const int8_t* x, int64_t st
   }
 }
 
-// `ROWS` rows from r on, times one panel: y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o].
-template <int ROWS>
-void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t panel, float* y, int64_t y_stride,
-          bool accumulate) {
-  float sums[ROWS][PANEL] = {};
+// Calls part(index, offset in a quantised row, depth, weights) for the main part and the two of the outlier columns.
+template <typename Part>
+inline void for_each_part(const PackedLinear& linear, int64_t panel, const Part& part) {
   const int8_t* w = linear.panel(panel);
-  const int8_t* q = x.quads.data() + r * x.stride;
-  const int64_t panel_bytes = (linear.depth + linear.tail) * PANEL;
-  const auto part = [&](int index, int64_t offset, int64_t depth, const int8_t* weights) {
-    multiply<ROWS>(weights, panel_bytes, q + offset / QUAD * QUAD_BYTES, x.stride, depth, x.sums.data() + 3 * r + index, sums,
-                   x.scales.data() + 3 * r + index);
-  };
-  part(0, 0, linear.depth, w);
+  part(0, int64_t{0}, linear.depth, w);
   if (linear.tail) {
-    part(1, linear.depth, linear.tail, w + linear.depth * PANEL);
-    part(2, linear.depth + linear.tail, linear.tail, w + linear.depth * PANEL);
+    part(1, linear.main_bytes(), linear.tail, w + linear.depth * PANEL);
+    part(2, linear.main_bytes() + linear.tail_bytes(), linear.tail, w + linear.depth * PANEL);
   }
+}
+
+// y[r, o] (+)= sums[r, o] scale[o] + bias[o] for `rows` rows from r on.
+inline void put(const PackedLinear& linear, int64_t panel, float (*sums)[PANEL], int64_t r, int64_t rows, float* y,
+                int64_t y_stride, bool accumulate) {
   const float* scale = linear.scale.const_data_ptr<float>() + panel * PANEL;
   const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
   const int64_t width = std::min(PANEL, linear.out - panel * PANEL);
-  for (int row = 0; row < ROWS; ++row) {
+  for (int64_t row = 0; row < rows; ++row) {
     float* to = y + (r + row) * y_stride + panel * PANEL;
     for (int64_t o = 0; o < PANEL; ++o) sums[row][o] = sums[row][o] * scale[o] + bias[o];
     if (accumulate)
@@ -331,6 +335,52 @@ void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t
       for (int64_t o = 0; o < width; ++o) to[o] = sums[row][o];
   }
 }
+
+// `ROWS` rows from r on, times one panel: y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o].
+template <int ROWS>
+void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t panel, float* y, int64_t y_stride,
+          bool accumulate) {
+  float sums[ROWS][PANEL] = {};
+  for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
+    multiply<ROWS>(w, linear.panel_bytes(), x.quads.data() + r * x.stride + offset, x.stride, depth,
+                   x.sums.data() + 3 * r + index, sums, x.scales.data() + 3 * r + index);
+  });
+  put(linear, panel, sums, r, ROWS, y, y_stride, accumulate);
+}
+
+#if defined(POLYHEAD_TILES)
+// The same for `rows` rows of as many tiles.
+template <int TILES>
+void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel, float* y,
+                  int64_t y_stride, bool accumulate) {
+  alignas(64) int32_t products[3][TILES * TILE_ROWS][PANEL];
+  for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
+    multiply_tiles<TILES>(w, linear.panel_bytes(), x.quads.data() + r * x.stride + offset, x.stride, depth,
+                          products[index][0]);
+  });
+  const int64_t parts = linear.tail ? 3 : 1, width = std::min(PANEL, linear.out - panel * PANEL);
+  const float* scale = linear.scale.const_data_ptr<float>() + panel * PANEL;
+  const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
+  for (int64_t half = 0; half * LANES32 < width; ++half) {
+    const int64_t o = half * LANES32;
+    const __mmask16 lanes = static_cast<__mmask16>(width - o >= LANES32 ? 0xffff : (1 << (width - o)) - 1);
+    const __m512 s = _mm512_loadu_ps(scale + o), b = _mm512_loadu_ps(bias + o);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* scales = x.scales.data() + 3 * (r + row);
+      const int32_t* shifts = x.sums.data() + 3 * (r + row);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t part = 0; part < parts; ++part) {
+        const Ints product = _mm512_sub_epi32(_mm512_load_si512(products[part][row] + o), splat_int(128 * shifts[part]));
+        sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(scales[part])));
+      }
+      float* to = y + (r + row) * y_stride + panel * PANEL + o;
+      sum = _mm512_add_ps(_mm512_mul_ps(sum, s), b);
+      if (accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum);
+      _mm512_mask_storeu_ps(to, lanes, sum);
+    }
+  }
+}
+#endif
 
 template <int ROWS>
 void rest_of_rows(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t count, int64_t panel, float* y,
@@ -345,11 +395,23 @@ void rest_of_rows(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
 inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first, int64_t last,
                             float* y, int64_t y_stride, bool accumulate) {
   constexpr int64_t CACHE_BYTES = 192 << 10;  // quantised rows that stay in the second-level cache over the panels
-  const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / x.stride / MAX_ROWS * MAX_ROWS);
+  constexpr int64_t UNIT_ROWS = HAS_TILES ? 2 * TILE_ROWS : MAX_ROWS;
+  const int64_t block = std::max<int64_t>(UNIT_ROWS, CACHE_BYTES / x.stride / UNIT_ROWS * UNIT_ROWS);
+  const bool on_unit = rows >= MIN_TILE_ROWS && tiles_are_allowed();
+  std::optional<TileUnit> unit;
+  if (on_unit) unit.emplace();
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t end = std::min(rows, begin + block);
     for (int64_t panel = first; panel < last; ++panel) {
       int64_t r = begin;
+#if defined(POLYHEAD_TILES)
+      for (; on_unit && end - r > TILE_ROWS; r += 2 * TILE_ROWS)
+        tile_on_unit<2>(linear, x, r, std::min(end - r, 2 * TILE_ROWS), panel, y, y_stride, accumulate);
+      if (on_unit && end - r >= MIN_TILE_ROWS) {
+        tile_on_unit<1>(linear, x, r, end - r, panel, y, y_stride, accumulate);
+        continue;
+      }
+#endif
       for (; r + MAX_ROWS <= end; r += MAX_ROWS) tile<MAX_ROWS>(linear, x, r, panel, y, y_stride, accumulate);
       rest_of_rows<MAX_ROWS - 1>(linear, x, r, end - r, panel, y, y_stride, accumulate);
     }

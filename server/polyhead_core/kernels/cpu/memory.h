@@ -47,12 +47,10 @@ class Chunk {
 };
 
 // An uninitialised int8 tensor; freed with the last tensor of its chunk.
-inline at::Tensor empty_on_huge_pages(at::IntArrayRef sizes) {
+inline at::Tensor empty_on_huge_pages(int64_t bytes) {
   static std::mutex mutex;
   static std::weak_ptr<Chunk> current;
   constexpr int64_t CHUNK = 8 * HUGE_PAGE;
-  int64_t bytes = 1;
-  for (const int64_t size : sizes) bytes *= size;
   const std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<Chunk> chunk = current.lock();
   char* data = chunk ? chunk->take(bytes) : nullptr;
@@ -61,7 +59,7 @@ inline at::Tensor empty_on_huge_pages(at::IntArrayRef sizes) {
     data = chunk->take(bytes);
     if (bytes < CHUNK) current = chunk;
   }
-  return at::from_blob(data, sizes, [chunk](void*) {}, at::TensorOptions().dtype(at::kChar));
+  return at::from_blob(data, {bytes}, [chunk](void*) {}, at::TensorOptions().dtype(at::kChar));
 }
 
 }  // namespace polyhead
