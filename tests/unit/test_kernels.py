@@ -98,9 +98,15 @@ def random_pages(seed: int, blocks: int = 24) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_paged_attention_equals_the_reference(seed: int, window: int, softcap: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_paged_attention_equals_the_reference(
+    seed: int, window: int, softcap: float, dtype: torch.dtype, transposed: bool
+) -> None:
     p = random_pages(seed)
-    rest = (p["k"].to(dtype), p["v"].to(dtype), p["tables"])
+    keys = p["k"].to(dtype)
+    if transposed:
+        keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    rest = (keys, p["v"].to(dtype), p["tables"])
     fast = dispatch.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
     slow = reference.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
@@ -110,6 +116,22 @@ def test_paged_attention_equals_the_reference(seed: int, window: int, softcap: f
             p["q"][one], *rest, p["sequence"][one], p["positions"][one], 0.2, window, softcap
         )
         assert torch.equal(alone[0], fast[row])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_query_that_is_no_number_spoils_its_own_row_alone(transposed: bool) -> None:
+    p = random_pages(1)
+    keys = p["k"].bfloat16()
+    if transposed:
+        keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    rest = (keys, p["v"].bfloat16(), p["tables"], p["sequence"], p["positions"], 0.2)
+    expected = dispatch.paged_attention(p["q"], *rest)
+    p["q"][3, 4, 5] = torch.nan
+    found = dispatch.paged_attention(p["q"], *rest)
+    assert found[3, 4].isnan().all()
+    others = torch.ones(found.shape[:2], dtype=torch.bool)
+    others[3, 4] = False
+    assert torch.equal(found[others], expected[others])
 
 
 def random_tables(seed: int, width: int, out: int, dtype: torch.dtype, slots: int = 4) -> AdapterTables:

@@ -31,8 +31,9 @@ struct DecoderLayer {
   int64_t window;
 };
 
-// One step's rows, as StepBatch lays them out.
+// Rows of a step, as StepBatch lays them out.
 struct Rows {
+  float* x;  // [count, hidden]
   int64_t count;
   const float *cos, *sin;  // [rows, rotary_width]
   int64_t rotary_width;
@@ -65,6 +66,8 @@ class PhaseClock {
   bool runs_;
   std::chrono::steady_clock::time_point last_;
 };
+
+constexpr int64_t BLOCK_ROWS = 256;
 
 enum class Activation : int64_t { SILU = 0, GELU_TANH = 1 };
 
@@ -116,21 +119,30 @@ struct DecoderStack : torch::CustomClassHolder {
                 slots.numel() == rows, "one position, sequence, KV slot and adapter slot for each token");
     const AdapterTables tables(arena, num_pages, pages, bias);
     const int64_t* position = positions.const_data_ptr<int64_t>();
-    const Rows batch{rows, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.size(1), position,
-                     slot_mapping.const_data_ptr<int64_t>(), block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
-                     query_tiles(sequence.const_data_ptr<int32_t>(), position, rows),
-                     SlotGroups(slots.const_data_ptr<int32_t>(), rows)};
-    reserve(rows, tables.max_pages());
-    next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size());
-    float* data = x.data_ptr<float>();
+    // A layer runs over some rows after the other, so that what passes from one phase to the next stays in the caches. Keys
+    // and values that a row sees belong to itself and to rows before it.
+    std::vector<Rows> blocks;
+    for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
+      const int64_t count = std::min(BLOCK_ROWS, rows - begin);
+      blocks.push_back({x.data_ptr<float>() + begin * hidden, count, cos.const_data_ptr<float>() + begin * cos.size(1),
+                        sin.const_data_ptr<float>() + begin * cos.size(1), cos.size(1), position + begin,
+                        slot_mapping.const_data_ptr<int64_t>() + begin, block_tables.const_data_ptr<int32_t>(),
+                        block_tables.size(1),
+                        query_tiles(sequence.const_data_ptr<int32_t>() + begin, position + begin, count),
+                        SlotGroups(slots.const_data_ptr<int32_t>() + begin, count)});
+    }
+    reserve(std::min(BLOCK_ROWS, rows), tables.max_pages());
+    next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size() * blocks.size());
     tables.with_arena([&](const auto* weights) {
       with_team(rows * hidden < 64, [&](const Member& member) {
         QuantizeScratch scratch;
-        AttentionScratch attention;
+        AttentionScratches attention;
         PhaseClock clock(member.rank == 0);
         clock.start();
+        std::atomic<int64_t>* next = next_tile.get();
         for (int64_t index = first; index < last; ++index)
-          run_layer(index, data, batch, tables, weights, scratch, attention, member, clock);
+          for (const Rows& block : blocks)
+            run_layer(layers[index], block, tables, weights, *next++, scratch, attention, member, clock);
         if (member.rank == 0)
           for (size_t phase = 0; phase < PHASES.size(); ++phase) seconds[phase] += clock.seconds[phase];
       });
@@ -203,9 +215,10 @@ struct DecoderStack : torch::CustomClassHolder {
   }
 
   template <typename A>
-  void run_layer(int64_t index, float* x, const Rows& rows, const AdapterTables& tables, const A* arena, QuantizeScratch& scratch,
-                 AttentionScratch& attention, const Member& member, PhaseClock& clock) {
-    const DecoderLayer& layer = layers[index];
+  void run_layer(const DecoderLayer& layer, const Rows& rows, const AdapterTables& tables, const A* arena,
+                 std::atomic<int64_t>& next, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
+                 PhaseClock& clock) {
+    float* x = rows.x;
     const auto [begin, end] = member.share(rows.count);
     norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
     member.wait();
@@ -220,7 +233,7 @@ struct DecoderStack : torch::CustomClassHolder {
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
     attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.block_tables, rows.positions, rows.tiles, shape,
-                 next_tile[index], attention, attended.data());
+                 next, attention, attended.data());
     member.wait();
     clock.lap(3);
     for (int64_t r = begin; r < end; ++r)
@@ -254,10 +267,19 @@ struct DecoderStack : torch::CustomClassHolder {
     const int64_t inner = layer.down.linear->in;
     const float *gate = gate_up_rows.data() + r * 2 * inner, *up = gate + inner;
     float* to = activated.data() + r * inner;
+    int64_t i = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    for (; i + WIDTH <= inner; i += WIDTH) {
+      const Floats x = load(gate + i);
+      const Floats argument = activation == Activation::SILU
+          ? x : times(times(splat(1.5957691216057308f), x), fma(times(splat(0.044715f), x), x, splat(1.0f)));
+      store(to + i, times(times(x, sigmoid(argument)), load(up + i)));
+    }
+#endif
     if (activation == Activation::SILU)
-      for (int64_t i = 0; i < inner; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
+      for (; i < inner; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
     else
-      for (int64_t i = 0; i < inner; ++i) to[i] = gelu_tanh(gate[i]) * up[i];
+      for (; i < inner; ++i) to[i] = gelu_tanh(gate[i]) * up[i];
     quantize(*layer.down.linear, to, scratch, quantized, r);
   }
 

@@ -13,6 +13,7 @@ namespace polyhead {
 // acc[o] += sum over four neighbouring k of w[o][k] x[k], for WIDTH outputs.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 
+#define POLYHEAD_VNNI
 // Weights are kept with 128 added, because the instruction wants one unsigned factor; 128 sum(x) is taken off again.
 constexpr bool BIASED_WEIGHTS = true, KEEPS_MAGNITUDES = false;
 constexpr int64_t LANES32 = 16, MAX_ROWS = 8;
@@ -90,8 +91,6 @@ constexpr int64_t QUAD_BYTES = KEEPS_MAGNITUDES ? 2 * QUAD : QUAD;  // of a quan
 constexpr int64_t PART = HAS_TILES ? TILE_DEPTH : QUAD;             // each part of a quantised row ends in zeros up to it
 static_assert(!HAS_TILES || (BIASED_WEIGHTS && PANEL == 32), "tiles.h reads such panels");
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // A frozen linear layer; several that read the same input may be one (their outputs side by side).
 struct PackedLinear : torch::CustomClassHolder {
   int64_t in, out, outliers;  // inputs, outputs, static outlier columns
@@ -100,6 +99,8 @@ struct PackedLinear : torch::CustomClassHolder {
   at::Tensor scale;           // float [num_panels * PANEL]: absmax / 127
   at::Tensor bias;            // float [num_panels * PANEL]
   at::Tensor smooth;          // float [in], or empty: none
+  at::Tensor inverse_smooth;  // 1 / smooth
+  std::vector<uint16_t> kept;  // of each 16 inputs, those that are no outlier columns
   at::Tensor columns;         // int64 [outliers]
 
   // `lasting`: kept for long, so worth huge pages that it shares with others of its kind.
@@ -117,10 +118,16 @@ struct PackedLinear : torch::CustomClassHolder {
       const int64_t column = columns.const_data_ptr<int64_t>()[k];
       TORCH_CHECK(0 <= column && column < in, "outlier column ", column, " of ", in, " inputs");
     }
+    kept.assign((in + 15) / 16, 0xffff);
+    for (int64_t k = 0; k < outliers; ++k) {
+      const int64_t column = columns.const_data_ptr<int64_t>()[k];
+      kept[column / 16] &= static_cast<uint16_t>(~(1 << column % 16));
+    }
     depth = round_up(in, QUAD), tail = round_up(outliers, QUAD);
     TORCH_CHECK(absmax.numel() == out && (!input_scale || input_scale->numel() == in) && (!bias_ || bias_->numel() == out),
                 "absmax and bias must have ", out, " elements, input_scale ", in);
     smooth = input_scale ? input_scale->to(at::kFloat).contiguous() : at::empty({0});
+    inverse_smooth = smooth.reciprocal();
     const int64_t padded = num_panels() * PANEL;
     scale = at::zeros({padded}), bias = at::zeros({padded});
     scale.narrow(0, 0, out).copy_(absmax / 127.0);
@@ -139,7 +146,7 @@ struct PackedLinear : torch::CustomClassHolder {
   int64_t panel_bytes() const { return (depth + tail) * PANEL; }
   const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
-    return panels.nbytes() + scale.nbytes() + bias.nbytes() + smooth.nbytes() + columns.nbytes();
+    return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes();
   }
 
  private:
@@ -188,22 +195,78 @@ struct QuantizeScratch {
   std::vector<int8_t> q;
 
   void resize(int64_t in, int64_t outliers) {
-    if (static_cast<int64_t>(row.size()) < in) row.resize(in), q.resize(in + PART);
+    if (static_cast<int64_t>(row.size()) < in) row.resize(round_up(in, WIDTH)), q.resize(in + PART);
     if (static_cast<int64_t>(large.size()) < outliers) large.resize(outliers);
   }
 };
 
-// q = round(x / scale) with scale = max|x| / 127; returns scale. `q` has room up to the next multiple of PART.
-inline float quantize_values(const float* x, int64_t size, int8_t* q) {
-  const float scale = std::max(largest_magnitude(x, size) / 127.0f, 1e-12f);
-  for (int64_t i = 0; i < size; ++i) q[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(x[i] / scale)));
-  for (int64_t i = size; i < round_up(size, PART); ++i) q[i] = 0;
-  return scale;
+#if defined(POLYHEAD_VNNI)
+
+// The first `count` lanes.
+inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, WIDTH)) - 1); }
+
+// max |x| of vectors, NaN where any is: see largest_magnitude.
+struct Magnitude {
+  Ints largest = splat_int(0);
+
+  void add(Floats x) { largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(x), splat_int(0x7fffffff))); }
+  float value() const { return std::bit_cast<float>(_mm512_reduce_max_epi32(largest)); }
+};
+
+// One part of a row as the products read it, zeros up to the next multiple of PART: q = round(x / scale) with
+// scale = largest / 127, and the sum of q. x has room for whole vectors.
+inline void quantize_part(const float* x, int64_t size, float largest, int8_t* to, float& scale, int32_t& sum) {
+  scale = std::max(largest / 127.0f, 1e-12f);
+  const Floats divisor = splat(scale), inverse = splat(1.0f / scale);
+  const int64_t padded = round_up(size, PART);
+  Ints sums = splat_int(0);
+  for (int64_t i = 0; i < padded; i += WIDTH) {
+    const Ints q = _mm512_cvtps_epi32(divide(_mm512_maskz_loadu_ps(lanes(size - i), x + i), divisor, inverse));
+    _mm512_mask_cvtepi32_storeu_epi8(to + i, lanes(padded - i), q);
+    sums = _mm512_add_epi32(sums, q);
+  }
+  sum = _mm512_reduce_add_epi32(sums);
 }
 
-// Lays q out in quads up to the next multiple of PART; returns what the products need of its sum.
-inline int32_t put_quads(const int8_t* q, int64_t size, int8_t* to) {
+// Quantises x [in] to row `r`.
+inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch& scratch, QuantizedRows& to, int64_t r) {
+  scratch.resize(linear.in, linear.outliers);
+  float *row = scratch.row.data(), *large = scratch.large.data();
+  int8_t* quads = to.quads.data() + r * to.stride;
+  float* scales = to.scales.data() + 3 * r;
+  int32_t* sums = to.sums.data() + 3 * r;
+  const float *smooth = linear.smooth.const_data_ptr<float>(), *inverse = linear.inverse_smooth.const_data_ptr<float>();
+  const bool is_smoothed = linear.smooth.numel();
+  if (linear.outliers) {
+    const int64_t* column = linear.columns.const_data_ptr<int64_t>();
+    for (int64_t k = 0; k < linear.outliers; ++k) large[k] = is_smoothed ? x[column[k]] / smooth[column[k]] : x[column[k]];
+    int8_t* high = quads + linear.main_bytes();
+    quantize_part(large, linear.outliers, largest_magnitude(large, linear.outliers), high, scales[1], sums[1]);
+    for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(high[k]) * scales[1];
+    quantize_part(large, linear.outliers, largest_magnitude(large, linear.outliers), high + linear.tail_bytes(), scales[2],
+                  sums[2]);
+  }
+  Magnitude magnitude;
+  for (int64_t i = 0; i < linear.in; i += WIDTH) {
+    const __mmask16 mask = lanes(linear.in - i) & linear.kept[i / WIDTH];
+    Floats values = _mm512_maskz_loadu_ps(mask, x + i);
+    if (is_smoothed)
+      values = divide(values, _mm512_mask_loadu_ps(splat(1.0f), mask, smooth + i), _mm512_maskz_loadu_ps(mask, inverse + i));
+    magnitude.add(values);
+    store(row + i, values);
+  }
+  quantize_part(row, linear.in, magnitude.value(), quads, scales[0], sums[0]);
+}
+
+#else
+
+// One part of a row as the products read it, in quads up to the next multiple of PART: q = round(x / scale) with
+// scale = max|x| / 127. `q` has room for it.
+inline float quantize_part(const float* x, int64_t size, int8_t* q, int8_t* to) {
   const int64_t padded = round_up(size, PART);
+  const float scale = std::max(largest_magnitude(x, size) / 127.0f, 1e-12f);
+  for (int64_t i = 0; i < size; ++i) q[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(x[i] / scale)));
+  for (int64_t i = size; i < padded; ++i) q[i] = 0;
   if constexpr (KEEPS_MAGNITUDES) {
     for (int64_t i = 0; i < padded; i += QUAD) {
       int8_t magnitudes[QUAD];
@@ -214,10 +277,7 @@ inline int32_t put_quads(const int8_t* q, int64_t size, int8_t* to) {
   } else {
     std::memcpy(to, q, padded);
   }
-  int32_t sum = 0;
-  if constexpr (BIASED_WEIGHTS)
-    for (int64_t i = 0; i < padded; ++i) sum += q[i];
-  return sum;
+  return scale;
 }
 
 // Quantises x [in] to row `r`.
@@ -233,7 +293,6 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
   }
   int8_t* quads = to.quads.data() + r * to.stride;
   float* scales = to.scales.data() + 3 * r;
-  int32_t* sums = to.sums.data() + 3 * r;
   if (linear.outliers) {
     const int64_t* column = linear.columns.const_data_ptr<int64_t>();
     float* large = scratch.large.data();
@@ -242,15 +301,14 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
       large[k] = row[column[k]];
       row[column[k]] = 0;
     }
-    scales[1] = quantize_values(large, linear.outliers, q);
-    sums[1] = put_quads(q, linear.tail, high);
+    scales[1] = quantize_part(large, linear.outliers, q, high);
     for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(q[k]) * scales[1];
-    scales[2] = quantize_values(large, linear.outliers, q);
-    sums[2] = put_quads(q, linear.tail, high + linear.tail_bytes());
+    scales[2] = quantize_part(large, linear.outliers, q, high + linear.tail_bytes());
   }
-  scales[0] = quantize_values(row, linear.in, q);
-  sums[0] = put_quads(q, linear.depth, quads);
+  scales[0] = quantize_part(row, linear.in, q, quads);
 }
+
+#endif
 
 // One quad of inputs: adds w (VECTORS vectors of weights) times `ROWS` rows, `stride` apart.
 template <int ROWS>
@@ -391,27 +449,36 @@ void rest_of_rows(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
   }
 }
 
+#if defined(POLYHEAD_TILES)
+// As multiply_panels(): weights that stay in the second-level cache over all rows, rows in the first over these weights.
+inline void multiply_panels_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first,
+                                    int64_t last, float* y, int64_t y_stride, bool accumulate) {
+  constexpr int64_t CACHE_BYTES = 768 << 10;
+  const int64_t block = std::max<int64_t>(1, CACHE_BYTES / linear.panel_bytes());
+  const TileUnit unit;
+  for (int64_t begin = first; begin < last; begin += block)
+    for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS)
+      for (int64_t panel = begin; panel < std::min(last, begin + block); ++panel)
+        if (rows - r > TILE_ROWS)
+          tile_on_unit<2>(linear, x, r, std::min(rows - r, 2 * TILE_ROWS), panel, y, y_stride, accumulate);
+        else
+          tile_on_unit<1>(linear, x, r, rows - r, panel, y, y_stride, accumulate);
+}
+#endif
+
 // Outputs of the panels [first, last) for all rows; y is [rows, y_stride].
 inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first, int64_t last,
                             float* y, int64_t y_stride, bool accumulate) {
+#if defined(POLYHEAD_TILES)
+  if (rows >= MIN_TILE_ROWS && tiles_are_allowed())
+    return multiply_panels_on_unit(linear, x, rows, first, last, y, y_stride, accumulate);
+#endif
   constexpr int64_t CACHE_BYTES = 192 << 10;  // quantised rows that stay in the second-level cache over the panels
-  constexpr int64_t UNIT_ROWS = HAS_TILES ? 2 * TILE_ROWS : MAX_ROWS;
-  const int64_t block = std::max<int64_t>(UNIT_ROWS, CACHE_BYTES / x.stride / UNIT_ROWS * UNIT_ROWS);
-  const bool on_unit = rows >= MIN_TILE_ROWS && tiles_are_allowed();
-  std::optional<TileUnit> unit;
-  if (on_unit) unit.emplace();
+  const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / x.stride / MAX_ROWS * MAX_ROWS);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t end = std::min(rows, begin + block);
     for (int64_t panel = first; panel < last; ++panel) {
       int64_t r = begin;
-#if defined(POLYHEAD_TILES)
-      for (; on_unit && end - r > TILE_ROWS; r += 2 * TILE_ROWS)
-        tile_on_unit<2>(linear, x, r, std::min(end - r, 2 * TILE_ROWS), panel, y, y_stride, accumulate);
-      if (on_unit && end - r >= MIN_TILE_ROWS) {
-        tile_on_unit<1>(linear, x, r, end - r, panel, y, y_stride, accumulate);
-        continue;
-      }
-#endif
       for (; r + MAX_ROWS <= end; r += MAX_ROWS) tile<MAX_ROWS>(linear, x, r, panel, y, y_stride, accumulate);
       rest_of_rows<MAX_ROWS - 1>(linear, x, r, end - r, panel, y, y_stride, accumulate);
     }

@@ -60,7 +60,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   at::Tensor out = at::empty_like(q);
   std::atomic<int64_t> next{0};
   with_team(q.size(0) == 1, [&](const Member&) {
-    AttentionScratch scratch;
+    AttentionScratches scratch;
     attend_tiles({k_pages, v_pages}, q.const_data_ptr<float>(), q.size(1) * q.size(2),
                  block_tables.const_data_ptr<int32_t>(), position, tiles, shape, next, scratch, out.data_ptr<float>());
   });

@@ -18,6 +18,8 @@ namespace polyhead {
 
 using BFloat16 = at::BFloat16;
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) {
@@ -41,6 +43,36 @@ inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+
+// x / divisor, given 1 / divisor: as division rounds it (Markstein 1990), and several times as fast.
+inline Floats divide(Floats x, Floats divisor, Floats inverse) {
+  const Floats quotient = _mm512_mul_ps(x, inverse);
+  return fma(_mm512_fnmadd_ps(quotient, divisor, x), inverse, quotient);
+}
+
+// exp(x) for x <= 0, as exp_nonpositive below has it for one number; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+  x = _mm512_max_ps(splat(-87.0f), x);
+  const Floats n = _mm512_roundscale_ps(_mm512_mul_ps(x, splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  Floats r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Floats p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  return _mm512_scalef_ps(fma(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, splat(1.0f))), n);
+}
+
+// 1 / (1 + exp(-x)).
+inline Floats sigmoid(Floats x) {
+  const Floats e = exp_nonpositive(_mm512_or_ps(x, splat(-0.0f))), one = splat(1.0f);
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_LT_OQ);
+  return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
+}
+
+inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 

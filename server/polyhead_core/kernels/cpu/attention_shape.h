@@ -1,0 +1,124 @@
+// What attention works on: its shape, the tiles of queries, one layer's pages, and the softmax.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "tiles.h"
+#include "vector.h"
+
+namespace polyhead {
+
+struct AttentionShape {
+  int64_t heads, kv_heads, width, block, max_blocks, window;
+  float scale, softcap;
+  bool transposed_keys;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t page() const { return block * width; }
+};
+
+// Consecutive tokens of one sequence.
+struct QueryTile {
+  int64_t begin, count, sequence;
+};
+
+constexpr int64_t TILE_TOKENS = HAS_TILES ? 16 : 8;  // at most
+
+inline std::vector<QueryTile> query_tiles(const int32_t* sequence, const int64_t* positions, int64_t tokens) {
+  std::vector<QueryTile> tiles;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const bool follows = t && sequence[t] == sequence[t - 1] && positions[t] == positions[t - 1] + 1;
+    if (follows && tiles.back().count < TILE_TOKENS) ++tiles.back().count;
+    else tiles.push_back({t, 1, sequence[t]});
+  }
+  return tiles;
+}
+
+inline void prefetch(const void* data, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(data) + line);
+}
+
+// One layer's pages; K is the type of their elements.
+struct LayerPages {
+  at::Tensor keys, values;
+
+  template <typename F>
+  void with_data(const F& run) const {
+    if (keys.scalar_type() == at::kFloat) run(keys.const_data_ptr<float>(), values.const_data_ptr<float>());
+    else run(keys.const_data_ptr<BFloat16>(), values.const_data_ptr<BFloat16>());
+  }
+};
+
+inline bool keys_are_transposed(const at::Tensor& keys, const at::Tensor& values) {
+  const int64_t block = keys.size(2), width = keys.size(3);
+  TORCH_CHECK(values.is_contiguous() && values.sizes() == keys.sizes() && values.scalar_type() == keys.scalar_type(),
+              "value pages must be contiguous and like the key pages");
+  TORCH_CHECK(keys.scalar_type() == at::kFloat || keys.scalar_type() == at::kBFloat16, "pages must be float32 or bfloat16");
+  if (keys.stride(2) == 1 && keys.stride(3) == block && keys.stride(1) == block * width) return true;
+  TORCH_CHECK(keys.is_contiguous(), "key pages must be contiguous, or transposed within their blocks");
+  return false;
+}
+
+// The queries of one tile's tokens whose heads share the key/value head g.
+struct AttentionItem {
+  const AttentionShape& s;
+  const float* q;  // [tokens, q_stride]
+  int64_t q_stride;
+  const int64_t* positions;
+  const int32_t* blocks;  // of the tile's sequence
+  QueryTile tile;
+  int64_t g;
+  int64_t first_key, end_key, first_block, num_blocks;  // what any of the tokens sees
+
+  AttentionItem(const AttentionShape& shape, const float* q_, int64_t q_stride_, const int64_t* positions_,
+                const int32_t* block_tables, const QueryTile& tile_, int64_t g_)
+      : s(shape), q(q_), q_stride(q_stride_), positions(positions_), blocks(block_tables + tile_.sequence * shape.max_blocks),
+        tile(tile_), g(g_) {
+    first_key = begin(0), end_key = end(tile.count - 1);
+    first_block = first_key / s.block, num_blocks = (end_key - 1) / s.block - first_block + 1;
+  }
+
+  // The keys that a token sees.
+  int64_t end(int64_t token) const { return positions[tile.begin + token] + 1; }
+  int64_t begin(int64_t token) const { return s.window ? std::max<int64_t>(0, end(token) - s.window) : 0; }
+
+  int64_t num_queries() const { return tile.count * s.group(); }
+  const float* query(int64_t i) const {
+    return q + (tile.begin + i / s.group()) * q_stride + (g * s.group() + i % s.group()) * s.width;
+  }
+  // Where the i-th query's result lies in out [tokens, heads * width].
+  float* result(float* out, int64_t i) const {
+    return out + ((tile.begin + i / s.group()) * s.heads + g * s.group() + i % s.group()) * s.width;
+  }
+
+  template <typename K>
+  const K* page(const K* pages, int64_t n) const {
+    return pages + (blocks[first_block + n] * s.kv_heads + g) * s.page();
+  }
+
+  // Pages lie anywhere, and the processor cannot guess the next one: all key pages, then all value pages, in order.
+  // False where there is no n-th.
+  template <typename K>
+  bool prefetch_page(const K* keys, const K* values, int64_t n) const {
+    if (n >= 2 * num_blocks) return false;
+    prefetch(n < num_blocks ? page(keys, n) : page(values, n - num_blocks), s.page() * sizeof(K));
+    return true;
+  }
+};
+
+constexpr int64_t PAGES_AHEAD = 3;
+
+// Turns scores [size] into exp(scale s - max); returns their sum.
+inline float softmax_weights(float* x, int64_t size, const AttentionShape& s) {
+  for (int64_t i = 0; i < size; ++i) x[i] *= s.scale;
+  if (s.softcap != 0.0f)
+    for (int64_t i = 0; i < size; ++i) x[i] = s.softcap * std::tanh(x[i] / s.softcap);
+  const float largest = in_lanes(x, size, x[0], [](float a, float b) { return b > a ? b : a; });
+  for (int64_t i = 0; i < size; ++i) x[i] = exp_nonpositive(x[i] - largest);
+  const float total = in_lanes(x, size, 0.0f, [](float a, float b) { return a + b; });
+  return total;
+}
+
+}  // namespace polyhead

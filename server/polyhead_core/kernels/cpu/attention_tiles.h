@@ -1,0 +1,236 @@
+// Attention on the processor's tile unit (Intel AMX): bfloat16 pages, keys transposed within their blocks, 16 queries at
+// once. Float queries and weights are split into bfloat16 parts whose products the unit sums in float32: queries into
+// three, which hold all their bits, weights into two, which hold 17. As on vectors, a query's sums are in an order that
+// depends on that query alone: keys in the order of their blocks, the first block the sequence's own.
+#pragma once
+
+#include <vector>
+
+#include "attention_shape.h"
+
+namespace polyhead {
+
+#if defined(POLYHEAD_TILES) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+
+constexpr int64_t PAIR_DEPTH = 32;    // bfloat16 inputs of a tile
+constexpr int64_t QUERY_PARTS = 3, WEIGHT_PARTS = 2;
+
+inline bool attends_on_unit(const LayerPages& pages, const AttentionShape& s) {
+  return s.transposed_keys && pages.keys.scalar_type() == at::kBFloat16 && s.width % PAIR_DEPTH == 0 &&
+         s.block % TILE_ROWS == 0 && tiles_are_allowed();
+}
+
+struct TileScratch {
+  std::vector<float> scores, totals;               // [rows, length], [rows]
+  std::vector<BFloat16> queries, keys, weights, values;  // as the tiles read them
+
+  void reserve(int64_t width, int64_t rows, int64_t length) {
+    const auto grow = [](auto& vector, int64_t size) {
+      if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
+    };
+    grow(scores, rows * length), grow(totals, rows);
+    grow(queries, rows * QUERY_PARTS * width), grow(keys, TILE_ROWS * width);
+    grow(weights, WEIGHT_PARTS * rows * length), grow(values, length * width);
+  }
+};
+
+inline __m512i to_bfloat16(Floats low, Floats high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+inline Floats low_floats(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16)); }
+inline Floats high_floats(__m512i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16));
+}
+
+// x [size], a multiple of 32, as the sum of `PARTS` bfloat16 rows, `stride` apart.
+template <int PARTS>
+inline void split(const float* x, int64_t size, BFloat16* to, int64_t stride) {
+  for (int64_t i = 0; i < size; i += PAIR_DEPTH) {
+    Floats low = load(x + i), high = load(x + i + WIDTH);
+#pragma GCC unroll 3
+    for (int part = 0; part < PARTS; ++part) {
+      const __m512i rounded = to_bfloat16(low, high);
+      _mm512_storeu_si512(to + part * stride + i, rounded);
+      low = _mm512_sub_ps(low, low_floats(rounded));
+      high = _mm512_sub_ps(high, high_floats(rounded));
+    }
+  }
+}
+
+// As softmax_weights(), the weights as WEIGHT_PARTS bfloat16 rows, `plane` apart. The order of the sum starts with x.
+inline float softmax_split(float* x, int64_t size, const AttentionShape& s, BFloat16* to, int64_t plane) {
+  static_assert(WEIGHT_PARTS == 2);
+  float scale = s.scale;
+  if (s.softcap != 0.0f) {
+    for (int64_t i = 0; i < size; ++i) x[i] = s.softcap * std::tanh(x[i] * s.scale / s.softcap);
+    scale = 1.0f;
+  }
+  const float largest = in_lanes(x, size, x[0], [](float a, float b) { return b > a ? b : a; });
+  const Floats factor = splat(scale), shift = splat(-largest * scale);
+  Floats even = splat(0.0f), odd = even;
+  for (int64_t i = 0; i < size; i += PAIR_DEPTH) {
+    const __mmask32 seen = size - i >= PAIR_DEPTH ? ~__mmask32{0} : (__mmask32{1} << (size - i)) - 1;
+    const auto weights = [&](int64_t at, __mmask16 mask) {
+      return _mm512_maskz_mov_ps(mask, exp_nonpositive(fma(_mm512_maskz_loadu_ps(mask, x + at), factor, shift)));
+    };
+    const Floats low = weights(i, static_cast<__mmask16>(seen)), high = weights(i + WIDTH, static_cast<__mmask16>(seen >> 16));
+    even = _mm512_add_ps(even, low), odd = _mm512_add_ps(odd, high);
+    const __m512i first = to_bfloat16(low, high);
+    _mm512_mask_storeu_epi16(to + i, seen, first);
+    _mm512_mask_storeu_epi16(to + plane + i, seen,
+                             to_bfloat16(_mm512_sub_ps(low, low_floats(first)), _mm512_sub_ps(high, high_floats(first))));
+  }
+  return sum(_mm512_add_ps(even, odd));
+}
+
+// Two rows of 32 as 32 pairs.
+inline void interleave(__m512i first, __m512i second, BFloat16* to) {
+  alignas(64) static constexpr uint16_t PAIRS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(PAIRS), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
+  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(first, high, second));
+}
+
+// 16 keys of a transposed block -> [width / 2, 16 keys, 2].
+inline void pack_keys(const BFloat16* keys, const AttentionShape& s, BFloat16* to) {
+  alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pairs = _mm512_load_si512(PAIRS);
+  for (int64_t d = 0; d < s.width; d += 2) {
+    const BFloat16* row = keys + d * s.block;
+    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + s.block));
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+    _mm512_storeu_si512(to + d * TILE_ROWS, _mm512_permutexvar_epi16(pairs, both));
+  }
+}
+
+// 16 values [16, width] -> [8, width, 2]; those outside [begin, end) may hold anything, a NaN too, and become zeros.
+inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, BFloat16* to) {
+  const auto row = [&](int64_t j, int64_t d) {
+    return begin <= j && j < end ? _mm512_loadu_si512(values + j * width + d) : _mm512_setzero_si512();
+  };
+  for (int64_t j = 0; j < TILE_ROWS; j += 2)
+    for (int64_t d = 0; d < width; d += PAIR_DEPTH) interleave(row(j, d), row(j + 1, d), to + j * width + 2 * d);
+}
+
+// scores [16 queries, 16 keys], rows `stride` apart; queries are [16, QUERY_PARTS, width].
+inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t width, float* scores, int64_t stride) {
+  const int64_t query_bytes = QUERY_PARTS * width * sizeof(BFloat16);
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  for (int64_t d = 0; d < width; d += PAIR_DEPTH) {
+    _tile_loadd(4, keys + d * TILE_ROWS, 64);
+    _tile_loadd(5, queries + d, query_bytes);
+    _tile_dpbf16ps(0, 5, 4);
+    _tile_loadd(6, queries + width + d, query_bytes);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_loadd(7, queries + 2 * width + d, query_bytes);
+    _tile_dpbf16ps(0, 7, 4);
+  }
+  _tile_stored(0, scores, stride * sizeof(float));
+}
+
+// out [16, 16 VECTORS] = weights [WEIGHT_PARTS planes of [16, length]] times packed values [length / 2, width, 2].
+template <int VECTORS>
+inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length, const BFloat16* values, int64_t width,
+                          float* out) {
+  asm volatile("" ::: "memory");
+  const int64_t weight_bytes = length * sizeof(BFloat16), value_bytes = 2 * width * sizeof(BFloat16);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (VECTORS == 4) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t j = 0; j < length; j += PAIR_DEPTH, values += PAIR_DEPTH * width) {
+    _tile_loadd(4, weights + j, weight_bytes);
+    _tile_loadd(5, weights + plane + j, weight_bytes);
+    _tile_loadd(6, values, value_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(0, 5, 6);
+    _tile_loadd(7, values + 32, value_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    if constexpr (VECTORS == 4) {
+      _tile_loadd(6, values + 64, value_bytes);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(7, values + 96, value_bytes);
+      _tile_dpbf16ps(3, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, 16 * VECTORS * sizeof(float));
+  _tile_stored(1, out + 16, 16 * VECTORS * sizeof(float));
+  if constexpr (VECTORS == 4) {
+    _tile_stored(2, out + 32, 16 * VECTORS * sizeof(float));
+    _tile_stored(3, out + 48, 16 * VECTORS * sizeof(float));
+  }
+}
+
+// As attend().
+template <typename Ahead>
+void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloat16* values, TileScratch& scratch,
+                    const Ahead& ahead, float* out) {
+  const AttentionShape& s = item.s;
+  const int64_t num_queries = item.num_queries(), rows = round_up(num_queries, TILE_ROWS);
+  const int64_t used = item.num_blocks * s.block, length = round_up(used, PAIR_DEPTH), plane = rows * length;
+  const int64_t first = item.first_block * s.block;
+  scratch.reserve(s.width, rows, length);
+  float* scores = scratch.scores.data();
+  BFloat16 *queries = scratch.queries.data(), *weights = scratch.weights.data(), *packed = scratch.values.data();
+
+  for (int64_t i = 0; i < num_queries; ++i)
+    split<QUERY_PARTS>(item.query(i), s.width, queries + i * QUERY_PARTS * s.width, s.width);
+  for (int64_t n = 0; n < item.num_blocks; ++n) {
+    ahead(n + PAGES_AHEAD);
+    for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
+      pack_keys(item.page(keys, n) + j, s, scratch.keys.data());
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        score_keys(queries + r * QUERY_PARTS * s.width, scratch.keys.data(), s.width,
+                   scores + r * length + n * s.block + j, length);
+    }
+  }
+  for (int64_t i = 0; i < num_queries; ++i) {
+    const int64_t begin = item.begin(i / s.group()) - first, end = item.end(i / s.group()) - first;
+    BFloat16* to = weights + i * length;
+    for (int64_t part = 0; part < WEIGHT_PARTS; ++part) {
+      std::fill(to + part * plane, to + part * plane + begin, BFloat16(0.0f));
+      std::fill(to + part * plane + end, to + part * plane + length, BFloat16(0.0f));
+    }
+    scratch.totals[i] = softmax_split(scores + i * length + begin, end - begin, s, to + begin, plane);
+  }
+  for (int64_t n = 0; n < item.num_blocks; ++n) {
+    ahead(item.num_blocks + n + PAGES_AHEAD);
+    for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
+      const int64_t key = n * s.block + j;
+      pack_values(item.page(values, n) + j * s.width, s.width, item.first_key - first - key, item.end_key - first - key,
+                  packed + key * s.width);
+    }
+  }
+  std::fill(packed + used * s.width, packed + length * s.width, BFloat16(0.0f));
+  alignas(64) float sums[TILE_ROWS * 64];
+  for (int64_t r = 0; r < rows; r += TILE_ROWS)
+    for (int64_t d = 0; d < s.width;) {
+      const int64_t step = s.width - d >= 64 ? 64 : 32;
+      if (step == 64) weigh_on_unit<4>(weights + r * length, plane, length, packed + 2 * d, s.width, sums);
+      else weigh_on_unit<2>(weights + r * length, plane, length, packed + 2 * d, s.width, sums);
+      for (int64_t i = r; i < std::min(r + TILE_ROWS, num_queries); ++i) {
+        float* to = item.result(out, i) + d;
+        const Floats inverse = splat(1.0f / scratch.totals[i]);
+        for (int64_t o = 0; o < step; o += WIDTH) store(to + o, _mm512_mul_ps(load(sums + (i - r) * step + o), inverse));
+      }
+      d += step;
+    }
+}
+
+#else
+
+struct TileScratch {};
+inline bool attends_on_unit(const LayerPages&, const AttentionShape&) { return false; }
+
+#endif
+
+}  // namespace polyhead

@@ -1,0 +1,167 @@
+// Attention on vectors, for pages of any type and layout. Sums are in the same order in every tile, chunk and batch: scores
+// by d in order, weights and values by key in order.
+#pragma once
+
+#include <vector>
+
+#include "attention_shape.h"
+
+namespace polyhead {
+
+struct AttentionScratch {
+  std::vector<float> weights, keys;
+};
+
+// Scores of `Q` queries with all keys of one block: out[q][j] = sum_d q[d] k[j][d], d in order.
+template <int Q, typename K>
+void block_scores(const float* const* queries, const K* keys, const AttentionShape& s, float* const* out) {
+  const int64_t key_stride = s.transposed_keys ? 1 : s.width, d_stride = s.transposed_keys ? s.block : 1;
+  int64_t j = 0;
+  if (s.transposed_keys) {
+    for (; j + 2 * WIDTH <= s.block; j += 2 * WIDTH) {
+      Floats low[Q], high[Q];
+      for (int q = 0; q < Q; ++q) low[q] = high[q] = splat(0.0f);
+      for (int64_t d = 0; d < s.width; ++d) {
+        const Floats k0 = load(keys + d * s.block + j), k1 = load(keys + d * s.block + j + WIDTH);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) {
+          const Floats x = splat(queries[q][d]);
+          low[q] = fma(x, k0, low[q]);
+          high[q] = fma(x, k1, high[q]);
+        }
+      }
+      for (int q = 0; q < Q; ++q) {
+        store(out[q] + j, low[q]);
+        store(out[q] + j + WIDTH, high[q]);
+      }
+    }
+    for (; j + WIDTH <= s.block; j += WIDTH) {
+      Floats sums[Q];
+      for (int q = 0; q < Q; ++q) sums[q] = splat(0.0f);
+      for (int64_t d = 0; d < s.width; ++d) {
+        const Floats k = load(keys + d * s.block + j);
+        for (int q = 0; q < Q; ++q) sums[q] = fma(splat(queries[q][d]), k, sums[q]);
+      }
+      for (int q = 0; q < Q; ++q) store(out[q] + j, sums[q]);
+    }
+  }
+  for (; j < s.block; ++j)
+    for (int q = 0; q < Q; ++q) {
+      float sum = 0;
+      for (int64_t d = 0; d < s.width; ++d)
+        sum = __builtin_fmaf(queries[q][d], to_float(keys[j * key_stride + d * d_stride]), sum);
+      out[q][j] = sum;
+    }
+}
+
+// out[q] += sum_j w[q][j] v[j] over the keys [begin, end) of one block, for one run of `V` vectors of d.
+template <int Q, int V, typename K>
+void block_values(const float* const* weights, const K* values, int64_t stride, int64_t begin, int64_t end,
+                  float* const* out) {
+  Floats acc[Q][V];
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) acc[q][v] = load(out[q] + v * WIDTH);
+  for (int64_t j = begin; j < end; ++j) {
+    Floats w[Q];
+    for (int q = 0; q < Q; ++q) w[q] = splat(weights[q][j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Floats x = load(values + j * stride + v * WIDTH);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) acc[q][v] = fma(w[q], x, acc[q][v]);
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < V; ++v) store(out[q] + v * WIDTH, acc[q][v]);
+}
+
+template <int Q, typename K>
+void weigh_values(const float* const* weights, const K* values, int64_t width, int64_t begin, int64_t end,
+                  float* const* out) {
+  constexpr int V = Q == 1 ? 8 : 4;
+  int64_t d = 0;
+  const auto run = [&]<int N>() {
+    float* to[Q];
+    for (int q = 0; q < Q; ++q) to[q] = out[q] + d;
+    block_values<Q, N>(weights, values + d, width, begin, end, to);
+    d += N * WIDTH;
+  };
+  while (d + V * WIDTH <= width) run.template operator()<V>();
+  while (d + WIDTH <= width) run.template operator()<1>();
+  for (; d < width; ++d)
+    for (int q = 0; q < Q; ++q)
+      for (int64_t j = begin; j < end; ++j) out[q][d] = __builtin_fmaf(weights[q][j], to_float(values[j * width + d]), out[q][d]);
+}
+
+// The results of one item. `ahead(n)` is told when the n-th of its pages, or of what comes after them, is to be asked for.
+template <typename K, typename Ahead>
+void attend(const AttentionItem& item, const K* keys, const K* values, AttentionScratch& scratch, const Ahead& ahead, float* out) {
+  const AttentionShape& s = item.s;
+  const int64_t group = s.group(), num_queries = item.num_queries(), length = item.num_blocks * s.block;
+  if (static_cast<int64_t>(scratch.weights.size()) < num_queries * length) scratch.weights.resize(num_queries * length);
+  const auto weights = [&](int64_t i) { return scratch.weights.data() + i * length; };
+
+  const auto score_block = [&](const auto* block_keys, int64_t offset) {
+    int64_t i = 0;
+    const auto run = [&]<int Q>() {
+      const float* queries[Q];
+      float* to[Q];
+      for (int n = 0; n < Q; ++n) queries[n] = item.query(i + n), to[n] = weights(i + n) + offset;
+      block_scores<Q>(queries, block_keys, s, to);
+      i += Q;
+    };
+    while (i + 4 <= num_queries) run.template operator()<4>();
+    while (i + 3 <= num_queries) run.template operator()<3>();
+    while (i < num_queries) run.template operator()<1>();
+  };
+  for (int64_t n = 0; n < item.num_blocks; ++n) {
+    const K* block_keys = item.page(keys, n);
+    ahead(n + PAGES_AHEAD);
+    if constexpr (!std::is_same_v<K, float>) {
+      if (num_queries > 4) {  // convert once what many queries read
+        scratch.keys.resize(s.page());
+        for (int64_t e = 0; e < s.page(); ++e) scratch.keys[e] = to_float(block_keys[e]);
+        score_block(scratch.keys.data(), n * s.block);
+        continue;
+      }
+    }
+    score_block(block_keys, n * s.block);
+  }
+
+  std::vector<float> totals(group);
+  for (int64_t token = 0; token < item.tile.count; ++token) {
+    const int64_t begin = item.begin(token), end = item.end(token);
+    for (int64_t h = 0; h < group; ++h) {
+      totals[h] = softmax_weights(weights(token * group + h) + begin - item.first_block * s.block, end - begin, s);
+      std::fill_n(item.result(out, token * group + h), s.width, 0.0f);
+    }
+    for (int64_t n = 0; n < item.num_blocks; ++n) {
+      // Only keys that this token sees: the rest of a block may hold anything, a NaN too.
+      const int64_t first = (item.first_block + n) * s.block;
+      const int64_t from = std::max(begin, first) - first, to = std::min(end, first + s.block) - first;
+      if (token == 0) ahead(item.num_blocks + n + PAGES_AHEAD);
+      if (from >= to) continue;
+      int64_t h = 0;
+      const auto run = [&]<int Q>() {
+        const float* w[Q];
+        float* o[Q];
+        for (int i = 0; i < Q; ++i) {
+          w[i] = weights(token * group + h + i) + n * s.block;
+          o[i] = item.result(out, token * group + h + i);
+        }
+        weigh_values<Q>(w, item.page(values, n), s.width, from, to, o);
+        h += Q;
+      };
+      while (h + 3 <= group) run.template operator()<3>();
+      while (h + 2 <= group) run.template operator()<2>();
+      while (h < group) run.template operator()<1>();
+    }
+    for (int64_t h = 0; h < group; ++h) {
+      float* to = item.result(out, token * group + h);
+      const float inverse = 1.0f / totals[h];
+      for (int64_t d = 0; d < s.width; ++d) to[d] *= inverse;
+    }
+  }
+}
+
+}  // namespace polyhead
