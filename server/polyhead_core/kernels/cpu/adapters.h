@@ -75,7 +75,7 @@ struct SitePart {
 // h of the sites that read one input: [row, part, page * RANKS_PER_PAGE].
 struct Shrunk {
   int64_t parts = 0, ranks = 0;
-  std::vector<float> values;
+  Buffer<float> values;
 
   void resize(int64_t rows, int64_t parts_, int64_t max_pages) {
     parts = parts_, ranks = max_pages * RANKS_PER_PAGE;

@@ -29,19 +29,22 @@ inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stri
   };
   const bool on_unit = attends_on_unit(pages, s);
   std::optional<TileUnit> unit;
-  if (on_unit) unit.emplace();
+  int64_t unit_rows = 0;
   pages.with_data([&](const auto* keys, const auto* values) {
     std::optional<AttentionItem> item = take();
-    for (int64_t n = 0; item && n < PAGES_AHEAD; ++n) item->prefetch_page(keys, values, n);
+    for (int64_t n = 0; item && n < PAGES_AHEAD; ++n)
+      prefetch(item->page_in_turn(keys, values, n), s.page() * pages.keys.element_size());
     while (item) {
       const std::optional<AttentionItem> following = take();
       const auto ahead = [&](int64_t n) {
-        if (!item->prefetch_page(keys, values, n) && following)
-          following->prefetch_page(keys, values, n - 2 * item->num_blocks);
+        const auto* page = item->page_in_turn(keys, values, n);
+        if (!page && following) page = following->page_in_turn(keys, values, n - 2 * item->num_blocks);
+        return page ? page : keys;  // where nothing follows, any page will do
       };
 #if defined(POLYHEAD_TILES)
       if constexpr (std::is_same_v<decltype(keys), const BFloat16*>)
         if (on_unit) {
+          if (const int64_t rows = tile_rows(*item); rows != unit_rows) unit.emplace(unit_rows = rows);
           attend_on_unit(*item, keys, values, scratch.unit, ahead, out);
           item.reset();
           if (following) item.emplace(*following);

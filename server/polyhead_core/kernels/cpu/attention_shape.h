@@ -36,8 +36,9 @@ inline std::vector<QueryTile> query_tiles(const int32_t* sequence, const int64_t
   return tiles;
 }
 
+// Into the second-level cache: it waits for more lines at once than the first.
 inline void prefetch(const void* data, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(data) + line);
+  for (int64_t line = 0; line < bytes; line += LINE) __builtin_prefetch(static_cast<const char*>(data) + line, 0, 2);
 }
 
 // One layer's pages; K is the type of their elements.
@@ -98,16 +99,15 @@ struct AttentionItem {
     return pages + (blocks[first_block + n] * s.kv_heads + g) * s.page();
   }
 
-  // Pages lie anywhere, and the processor cannot guess the next one: all key pages, then all value pages, in order.
-  // False where there is no n-th.
+  // The n-th page that is read: all key pages, then all value pages, in order. nullptr where there is no n-th.
   template <typename K>
-  bool prefetch_page(const K* keys, const K* values, int64_t n) const {
-    if (n >= 2 * num_blocks) return false;
-    prefetch(n < num_blocks ? page(keys, n) : page(values, n - num_blocks), s.page() * sizeof(K));
-    return true;
+  const K* page_in_turn(const K* keys, const K* values, int64_t n) const {
+    if (n >= 2 * num_blocks) return nullptr;
+    return n < num_blocks ? page(keys, n) : page(values, n - num_blocks);
   }
 };
 
+// Pages lie anywhere, and the processor cannot guess the next one: it is asked for so many ahead.
 constexpr int64_t PAGES_AHEAD = 3;
 
 // Turns scores [size] into exp(scale s - max); returns their sum.

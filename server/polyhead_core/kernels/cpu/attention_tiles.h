@@ -14,6 +14,7 @@ namespace polyhead {
 
 constexpr int64_t PAIR_DEPTH = 32;    // bfloat16 inputs of a tile
 constexpr int64_t QUERY_PARTS = 3, WEIGHT_PARTS = 2;
+constexpr int64_t SETS = 3;           // of 16 keys, scored together
 
 inline bool attends_on_unit(const LayerPages& pages, const AttentionShape& s) {
   return s.transposed_keys && pages.keys.scalar_type() == at::kBFloat16 && s.width % PAIR_DEPTH == 0 &&
@@ -21,15 +22,15 @@ inline bool attends_on_unit(const LayerPages& pages, const AttentionShape& s) {
 }
 
 struct TileScratch {
-  std::vector<float> scores, totals;               // [rows, length], [rows]
-  std::vector<BFloat16> queries, keys, weights, values;  // as the tiles read them
+  Buffer<float> scores, totals;               // [rows, length], [rows]
+  Buffer<BFloat16> queries, keys, weights, values;  // as the tiles read them
 
   void reserve(int64_t width, int64_t rows, int64_t length) {
     const auto grow = [](auto& vector, int64_t size) {
       if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
     };
     grow(scores, rows * length), grow(totals, rows);
-    grow(queries, rows * QUERY_PARTS * width), grow(keys, TILE_ROWS * width);
+    grow(queries, rows * QUERY_PARTS * width), grow(keys, SETS * TILE_ROWS * width);
     grow(weights, WEIGHT_PARTS * rows * length), grow(values, length * width);
   }
 };
@@ -92,13 +93,15 @@ inline void interleave(__m512i first, __m512i second, BFloat16* to) {
   _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(first, high, second));
 }
 
-// 16 keys of a transposed block -> [width / 2, 16 keys, 2].
-inline void pack_keys(const BFloat16* keys, const AttentionShape& s, BFloat16* to) {
+// 16 keys of a transposed block -> [width / 2, 16 keys, 2]. Asks meanwhile, line by line, for as much memory at `next`:
+// the processor stops where too many lines are asked for at once.
+inline void pack_keys(const BFloat16* keys, const AttentionShape& s, const BFloat16* next, BFloat16* to) {
   alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i pairs = _mm512_load_si512(PAIRS);
   for (int64_t d = 0; d < s.width; d += 2) {
     const BFloat16* row = keys + d * s.block;
+    prefetch(next + d * TILE_ROWS, LINE);
     const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
     const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + s.block));
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
@@ -107,32 +110,55 @@ inline void pack_keys(const BFloat16* keys, const AttentionShape& s, BFloat16* t
 }
 
 // 16 values [16, width] -> [8, width, 2]; those outside [begin, end) may hold anything, a NaN too, and become zeros.
-inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, BFloat16* to) {
-  const auto row = [&](int64_t j, int64_t d) {
-    return begin <= j && j < end ? _mm512_loadu_si512(values + j * width + d) : _mm512_setzero_si512();
-  };
-  for (int64_t j = 0; j < TILE_ROWS; j += 2)
-    for (int64_t d = 0; d < width; d += PAIR_DEPTH) interleave(row(j, d), row(j + 1, d), to + j * width + 2 * d);
+// Asks for memory at `next` as pack_keys does.
+inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, const BFloat16* next, BFloat16* to) {
+  for (int64_t j = 0; j < TILE_ROWS; j += 2, to += 2 * width) {
+    const __mmask32 first = begin <= j && j < end ? ~0u : 0u, second = begin <= j + 1 && j + 1 < end ? ~0u : 0u;
+    const BFloat16* row = values + j * width;
+    for (int64_t d = 0; d < width; d += PAIR_DEPTH) {
+      prefetch(next + j * width + 2 * d, 2 * LINE);
+      interleave(_mm512_maskz_loadu_epi16(first, row + d), _mm512_maskz_loadu_epi16(second, row + width + d), to + 2 * d);
+    }
+  }
 }
 
-// scores [16 queries, 16 keys], rows `stride` apart; queries are [16, QUERY_PARTS, width].
+// scores [rows of a tile, 16 keys], rows `stride` apart, for each of `BLOCKS` sets of keys, which lie one behind the other;
+// queries are [rows, QUERY_PARTS, width]. Several sets at once: the unit takes long for one product, and less for many.
+template <int BLOCKS>
 inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t width, float* scores, int64_t stride) {
-  const int64_t query_bytes = QUERY_PARTS * width * sizeof(BFloat16);
+  const int64_t query_bytes = QUERY_PARTS * width * sizeof(BFloat16), block = TILE_ROWS * width;
   asm volatile("" ::: "memory");
   _tile_zero(0);
-  for (int64_t d = 0; d < width; d += PAIR_DEPTH) {
-    _tile_loadd(4, keys + d * TILE_ROWS, 64);
-    _tile_loadd(5, queries + d, query_bytes);
-    _tile_dpbf16ps(0, 5, 4);
-    _tile_loadd(6, queries + width + d, query_bytes);
+  if constexpr (BLOCKS > 1) _tile_zero(1);
+  if constexpr (BLOCKS > 2) _tile_zero(2);
+  for (int64_t d = 0; d < width; d += PAIR_DEPTH, keys += PAIR_DEPTH * TILE_ROWS) {
+    _tile_loadd(6, queries + d, query_bytes);
+    _tile_loadd(7, queries + width + d, query_bytes);
+    _tile_loadd(3, queries + 2 * width + d, query_bytes);
+    _tile_loadd(4, keys, 64);
     _tile_dpbf16ps(0, 6, 4);
-    _tile_loadd(7, queries + 2 * width + d, query_bytes);
     _tile_dpbf16ps(0, 7, 4);
+    _tile_dpbf16ps(0, 3, 4);
+    if constexpr (BLOCKS > 1) {
+      _tile_loadd(5, keys + block, 64);
+      _tile_dpbf16ps(1, 6, 5);
+      _tile_dpbf16ps(1, 7, 5);
+      _tile_dpbf16ps(1, 3, 5);
+    }
+    if constexpr (BLOCKS > 2) {
+      _tile_loadd(4, keys + 2 * block, 64);
+      _tile_dpbf16ps(2, 6, 4);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_dpbf16ps(2, 3, 4);
+    }
   }
   _tile_stored(0, scores, stride * sizeof(float));
+  if constexpr (BLOCKS > 1) _tile_stored(1, scores + TILE_ROWS, stride * sizeof(float));
+  if constexpr (BLOCKS > 2) _tile_stored(2, scores + 2 * TILE_ROWS, stride * sizeof(float));
 }
 
-// out [16, 16 VECTORS] = weights [WEIGHT_PARTS planes of [16, length]] times packed values [length / 2, width, 2].
+// out [rows of a tile, 16 VECTORS] = weights [WEIGHT_PARTS planes of [rows, length]] times packed values
+// [length / 2, width, 2].
 template <int VECTORS>
 inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length, const BFloat16* values, int64_t width,
                           float* out) {
@@ -145,21 +171,21 @@ inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length
     _tile_zero(3);
   }
   for (int64_t j = 0; j < length; j += PAIR_DEPTH, values += PAIR_DEPTH * width) {
-    _tile_loadd(4, weights + j, weight_bytes);
-    _tile_loadd(5, weights + plane + j, weight_bytes);
-    _tile_loadd(6, values, value_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_loadd(7, values + 32, value_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(6, weights + j, weight_bytes);
+    _tile_loadd(7, weights + plane + j, weight_bytes);
+    _tile_loadd(4, values, value_bytes);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_loadd(5, values + 32, value_bytes);
+    _tile_dpbf16ps(1, 6, 5);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_dpbf16ps(1, 7, 5);
     if constexpr (VECTORS == 4) {
-      _tile_loadd(6, values + 64, value_bytes);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, values + 96, value_bytes);
-      _tile_dpbf16ps(3, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(4, values + 64, value_bytes);
+      _tile_dpbf16ps(2, 6, 4);
+      _tile_loadd(5, values + 96, value_bytes);
+      _tile_dpbf16ps(3, 6, 5);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_dpbf16ps(3, 7, 5);
     }
   }
   _tile_stored(0, out, 16 * VECTORS * sizeof(float));
@@ -170,7 +196,10 @@ inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length
   }
 }
 
-// As attend().
+// The rows of the tiles that attend_on_unit wants.
+inline int64_t tile_rows(const AttentionItem& item) { return std::min(item.num_queries(), TILE_ROWS); }
+
+// As attend(), with a TileUnit of tile_rows(item).
 template <typename Ahead>
 void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloat16* values, TileScratch& scratch,
                     const Ahead& ahead, float* out) {
@@ -184,13 +213,19 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
 
   for (int64_t i = 0; i < num_queries; ++i)
     split<QUERY_PARTS>(item.query(i), s.width, queries + i * QUERY_PARTS * s.width, s.width);
-  for (int64_t n = 0; n < item.num_blocks; ++n) {
-    ahead(n + PAGES_AHEAD);
-    for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
-      pack_keys(item.page(keys, n) + j, s, scratch.keys.data());
-      for (int64_t r = 0; r < rows; r += TILE_ROWS)
-        score_keys(queries + r * QUERY_PARTS * s.width, scratch.keys.data(), s.width,
-                   scores + r * length + n * s.block + j, length);
+  const int64_t per_block = s.block / TILE_ROWS, num_sets = item.num_blocks * per_block;
+  for (int64_t set = 0; set < num_sets; set += SETS) {
+    const int64_t count = std::min(SETS, num_sets - set);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t n = (set + k) / per_block, j = (set + k) % per_block * TILE_ROWS;
+      pack_keys(item.page(keys, n) + j, s, ahead(n + PAGES_AHEAD) + j * s.width, scratch.keys.data() + k * TILE_ROWS * s.width);
+    }
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const BFloat16* tile_queries = queries + r * QUERY_PARTS * s.width;
+      float* to = scores + r * length + set * TILE_ROWS;
+      if (count == 3) score_keys<3>(tile_queries, scratch.keys.data(), s.width, to, length);
+      else if (count == 2) score_keys<2>(tile_queries, scratch.keys.data(), s.width, to, length);
+      else score_keys<1>(tile_queries, scratch.keys.data(), s.width, to, length);
     }
   }
   for (int64_t i = 0; i < num_queries; ++i) {
@@ -203,11 +238,11 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
     scratch.totals[i] = softmax_split(scores + i * length + begin, end - begin, s, to + begin, plane);
   }
   for (int64_t n = 0; n < item.num_blocks; ++n) {
-    ahead(item.num_blocks + n + PAGES_AHEAD);
+    const BFloat16* next = ahead(item.num_blocks + n + PAGES_AHEAD);
     for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
       const int64_t key = n * s.block + j;
       pack_values(item.page(values, n) + j * s.width, s.width, item.first_key - first - key, item.end_key - first - key,
-                  packed + key * s.width);
+                  next + j * s.width, packed + key * s.width);
     }
   }
   std::fill(packed + used * s.width, packed + length * s.width, BFloat16(0.0f));

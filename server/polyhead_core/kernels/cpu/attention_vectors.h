@@ -9,7 +9,7 @@
 namespace polyhead {
 
 struct AttentionScratch {
-  std::vector<float> weights, keys;
+  Buffer<float> weights, keys;
 };
 
 // Scores of `Q` queries with all keys of one block: out[q][j] = sum_d q[d] k[j][d], d in order.
@@ -93,7 +93,7 @@ void weigh_values(const float* const* weights, const K* values, int64_t width, i
       for (int64_t j = begin; j < end; ++j) out[q][d] = __builtin_fmaf(weights[q][j], to_float(values[j * width + d]), out[q][d]);
 }
 
-// The results of one item. `ahead(n)` is told when the n-th of its pages, or of what comes after them, is to be asked for.
+// The results of one item. `ahead(n)`: the n-th of its pages, or of the next item's after them.
 template <typename K, typename Ahead>
 void attend(const AttentionItem& item, const K* keys, const K* values, AttentionScratch& scratch, const Ahead& ahead, float* out) {
   const AttentionShape& s = item.s;
@@ -116,7 +116,7 @@ void attend(const AttentionItem& item, const K* keys, const K* values, Attention
   };
   for (int64_t n = 0; n < item.num_blocks; ++n) {
     const K* block_keys = item.page(keys, n);
-    ahead(n + PAGES_AHEAD);
+    prefetch(ahead(n + PAGES_AHEAD), s.page() * sizeof(K));
     if constexpr (!std::is_same_v<K, float>) {
       if (num_queries > 4) {  // convert once what many queries read
         scratch.keys.resize(s.page());
@@ -139,7 +139,7 @@ void attend(const AttentionItem& item, const K* keys, const K* values, Attention
       // Only keys that this token sees: the rest of a block may hold anything, a NaN too.
       const int64_t first = (item.first_block + n) * s.block;
       const int64_t from = std::max(begin, first) - first, to = std::min(end, first + s.block) - first;
-      if (token == 0) ahead(item.num_blocks + n + PAGES_AHEAD);
+      if (token == 0) prefetch(ahead(item.num_blocks + n + PAGES_AHEAD), s.page() * sizeof(K));
       if (from >= to) continue;
       int64_t h = 0;
       const auto run = [&]<int Q>() {

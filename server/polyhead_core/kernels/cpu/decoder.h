@@ -175,7 +175,7 @@ struct DecoderStack : torch::CustomClassHolder {
   std::unique_ptr<std::atomic<int64_t>[]> next_tile;
   QuantizedRows quantized;
   Shrunk shrunk;
-  std::vector<float> normed, qkv_rows, attended, gate_up_rows, activated;
+  Buffer<float> normed, qkv_rows, attended, gate_up_rows, activated;
 
   void reserve(int64_t rows, int64_t max_pages) {
     int64_t row_bytes = 0, qkv = 0, gate_up = 0;
@@ -187,7 +187,7 @@ struct DecoderStack : torch::CustomClassHolder {
     }
     quantized.resize(rows, row_bytes);
     shrunk.resize(rows, 3, max_pages);
-    const auto grow = [&](std::vector<float>& buffer, int64_t columns) {
+    const auto grow = [&](Buffer<float>& buffer, int64_t columns) {
       if (static_cast<int64_t>(buffer.size()) < rows * columns) buffer.resize(rows * columns);
     };
     grow(normed, hidden);

@@ -174,7 +174,7 @@ struct PackedLinear : torch::CustomClassHolder {
 // Quantised rows as the products read them: [main | high | low] of x / smooth, with scales and sums of each part.
 struct QuantizedRows {
   int64_t stride = 0;
-  std::vector<int8_t> quads;
+  Buffer<int8_t> quads;
   std::vector<float> scales;  // three a row
   std::vector<int32_t> sums;  // three a row
 
@@ -191,8 +191,8 @@ struct QuantizedRows {
 
 // What one thread needs to quantise rows.
 struct QuantizeScratch {
-  std::vector<float> row, large;
-  std::vector<int8_t> q;
+  Buffer<float> row, large;
+  Buffer<int8_t> q;
 
   void resize(int64_t in, int64_t outliers) {
     if (static_cast<int64_t>(row.size()) < in) row.resize(round_up(in, WIDTH)), q.resize(in + PART);
@@ -412,10 +412,13 @@ template <int TILES>
 void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel, float* y,
                   int64_t y_stride, bool accumulate) {
   alignas(64) int32_t products[3][TILES * TILE_ROWS][PANEL];
+  // The next panel comes from memory while this one is worked on, evenly: the processor stops where too many lines are
+  // asked for at once.
+  const int8_t *next = linear.panel(panel) + linear.panel_bytes(), *const end = next + linear.panel_bytes();
   for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
-    multiply_tiles<TILES>(w, linear.panel_bytes(), x.quads.data() + r * x.stride + offset, x.stride, depth,
-                          products[index][0]);
+    multiply_tiles<TILES>(w, x.quads.data() + r * x.stride + offset, x.stride, depth, products[index][0], next);
   });
+  const int64_t lines_a_row = (end - next) / static_cast<int64_t>(LINE) / (VECTORS * rows) + 1;
   const int64_t parts = linear.tail ? 3 : 1, width = std::min(PANEL, linear.out - panel * PANEL);
   const float* scale = linear.scale.const_data_ptr<float>() + panel * PANEL;
   const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
@@ -426,6 +429,7 @@ void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
     for (int64_t row = 0; row < rows; ++row) {
       const float* scales = x.scales.data() + 3 * (r + row);
       const int32_t* shifts = x.sums.data() + 3 * (r + row);
+      for (int64_t line = 0; line < lines_a_row; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
       __m512 sum = _mm512_setzero_ps();
       for (int64_t part = 0; part < parts; ++part) {
         const Ints product = _mm512_sub_epi32(_mm512_load_si512(products[part][row] + o), splat_int(128 * shifts[part]));

@@ -28,16 +28,19 @@ inline bool tiles_are_allowed() {
   return allowed;
 }
 
-// All eight tiles of this thread as 16 rows of 64 bytes, given back at the end.
+// The eight tiles of this thread, rows of 64 bytes, given back at the end: tiles 4 and 5 of 16 rows, the others of `rows`.
 class TileUnit {
  public:
-  TileUnit() {
+  explicit TileUnit(int64_t rows = TILE_ROWS) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = TILE_DEPTH, config.rows[tile] = TILE_ROWS;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = TILE_DEPTH;
+      config.rows[tile] = static_cast<uint8_t>(tile == 4 || tile == 5 ? TILE_ROWS : rows);
+    }
     // gcc 12's intrinsic says that it reads eight bytes of it, and the others would not be written.
     asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
@@ -48,9 +51,9 @@ class TileUnit {
 };
 
 // to [16 TILES, 32] = rows x (`stride` apart, read to the next multiple of 64) times the panel w, whose weights are kept
-// with 128 added. What w holds beyond `depth` meets zeros of x. While it reads w it asks for the memory at w + ahead.
+// with 128 added. What w holds beyond `depth` meets zeros of x. Asks meanwhile for the memory at `next`, and moves it on.
 template <int TILES>
-inline void multiply_tiles(const int8_t* w, int64_t ahead, const int8_t* x, int64_t stride, int64_t depth, int32_t* to) {
+inline void multiply_tiles(const int8_t* w, const int8_t* x, int64_t stride, int64_t depth, int32_t* to, const int8_t*& next) {
   constexpr int64_t W_STRIDE = 128, Y_STRIDE = 128;
   asm volatile("" ::: "memory");  // gcc 12's tile loads do not say that they read memory
   _tile_zero(0);
@@ -62,9 +65,10 @@ inline void multiply_tiles(const int8_t* w, int64_t ahead, const int8_t* x, int6
   for (int64_t k = 0; k < depth; k += TILE_DEPTH, x += TILE_DEPTH, w += TILE_DEPTH * 32) {
 #pragma GCC unroll 32
     for (int64_t line = 0; line < TILE_DEPTH * 32; line += 64) {
-      __builtin_prefetch(w + ahead + line, 0, 2);   // from memory
-      __builtin_prefetch(w + 2 * TILE_DEPTH * 32 + line, 0, 3);  // from the second-level cache
+      if (line % 128 == 0) __builtin_prefetch(next + line / 2, 0, 2);  // from memory
+      __builtin_prefetch(w + 2 * TILE_DEPTH * 32 + line, 0, 3);        // from the second-level cache
     }
+    next += TILE_DEPTH * 32 / 2;
     _tile_loadd(4, x, stride);
     _tile_loadd(6, w, W_STRIDE);
     _tile_dpbsud(0, 4, 6);

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -28,6 +30,23 @@ inline float to_float(BFloat16 value) {
   std::memcpy(&result, &bits, sizeof(result));
   return result;
 }
+
+constexpr size_t LINE = 64;  // bytes that the caches hold together
+
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{LINE})); }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t{LINE}); }
+  bool operator==(const LineAllocator&) const { return true; }
+};
+
+// Begins with a line, so that vectors of a buffer do not lie across two.
+template <typename T>
+using Buffer = std::vector<T, LineAllocator<T>>;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
