@@ -118,6 +118,35 @@ def test_paged_attention_equals_the_reference(
         assert torch.equal(alone[0], fast[row])
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 21])
+def test_a_prompt_attends_as_its_tokens_do_alone_and_as_the_reference(
+    seed: int, dtype: torch.dtype, window: int
+) -> None:
+    """Consecutive tokens of one sequence share tiles of queries, from wherever a chunk of them begins."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, groups, width, block = [(9, 3, 64, 16), (4, 4, 32, 16), (6, 1, 96, 32), (5, 5, 20, 8)][seed]
+    tokens, before = 45, int(torch.randint(0, 40, (1,), generator=generator))
+    blocks = -(-(before + tokens) // block)
+    keys = torch.randn(blocks, groups, width, block, generator=generator).to(dtype).transpose(2, 3)
+    values = torch.randn(blocks, groups, block, width, generator=generator).to(dtype)
+    used = before + tokens - (blocks - 1) * block
+    values[-1, :, used:] = torch.nan  # beyond the last token a block may hold anything
+    tables = torch.randperm(blocks - 1, generator=generator).to(torch.int32)
+    tables = torch.cat((tables, torch.tensor([blocks - 1], dtype=torch.int32)))[None]
+    q = torch.randn(tokens, heads, width, generator=generator)
+    positions = torch.arange(before, before + tokens)
+    sequence = torch.zeros(tokens, dtype=torch.int32)
+    together = dispatch.paged_attention(q, keys, values, tables, sequence, positions, 0.2, window)
+    expected = reference.paged_attention(q, keys, values, tables, sequence, positions, 0.2, window)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
+    first = 1 + int(torch.randint(0, tokens - 1, (1,), generator=generator))
+    for part in (slice(0, first), slice(first, tokens), slice(7, 8)):
+        alone = dispatch.paged_attention(q[part], keys, values, tables, sequence[part], positions[part], 0.2, window)
+        assert torch.equal(alone, together[part])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_query_that_is_no_number_spoils_its_own_row_alone(transposed: bool) -> None:
     p = random_pages(1)

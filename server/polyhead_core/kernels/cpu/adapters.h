@@ -93,39 +93,64 @@ inline bool acts(const AdapterTables& tables, const SlotGroups& rows, const std:
   return false;
 }
 
+constexpr int64_t BIAS = -1;  // in place of a page
+
+// One page of one site, for the rows of its slot.
 template <typename A>
-void shrink_page(const A* a, const float* x, int64_t in, const std::vector<int64_t>& order, const SlotGroup& group,
-                 Shrunk& h, int64_t part, int64_t page) {
-  for (int64_t i = group.begin; i < group.end; ++i) {
-    const int64_t row = order[i];
-    float* to = h.at(row, part, page);
-    dots<4>(a, in, x + row * in, in, to);
-    dots<4>(a + 4 * in, in, x + row * in, in, to + 4);
-  }
+struct PageItem {
+  const A* data;
+  const SlotGroup* group;
+  int64_t part, page;
+};
+
+// h[r] = sum_i a[r, i] x[i] for the 8 ranks of a page. Asks meanwhile, line by line, for a page at `next`: adapters lie
+// anywhere, and are read once.
+template <typename A>
+inline void shrink_row(const A* a, const A* next, const float* x, int64_t in, float* h) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  constexpr int R = 8;
+#else
+  constexpr int R = 4;  // as many sums as there are registers for
+#endif
+  for (int64_t rank = 0; rank < RANKS_PER_PAGE; rank += R, a += R * in, next += R * in)
+    dots<R>(a, in, x, in, h + rank, next);
 }
 
 // x [rows, in]; this member's share of h.
 template <typename A>
 void shrink(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
             const float* x, int64_t in, Shrunk& h, const Member& member) {
-  int64_t item = 0;
+  static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
+  items.clear();
+  int64_t index = 0;
   for (const SlotGroup& group : rows.groups)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
       const int64_t site = parts[part].site, count = tables.count(group.slot, site);
       for (int64_t page = 0; page < count; ++page)
-        if (item++ % member.size == member.rank)
-          shrink_page(arena + tables.page(group.slot, site, page)[0] * UNIT, x, in, rows.order, group, h, part, page);
+        if (index++ % member.size == member.rank)
+          items.push_back({arena + tables.page(group.slot, site, page)[0] * UNIT, &group, part, page});
     }
+  for (size_t n = 0; n < items.size(); ++n) {
+    const PageItem<A>& item = items[n];
+    const A* next = items[std::min(n + 1, items.size() - 1)].data;
+    for (int64_t i = item.group->begin; i < item.group->end; ++i, next = item.data) {
+      const int64_t row = rows.order[i];
+      shrink_row(item.data, next, x + row * in, in, h.at(row, item.part, item.page));
+    }
+  }
 }
 
-// y[0..size) += sum_r h[r] b[r], with b's rows `stride` apart.
+// y[0..size) += sum_r h[r] b[r], with b's rows `stride` apart. Asks meanwhile for as much at `next`, rows `next_stride` apart.
 template <typename A>
-inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size) {
+inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size, const A* next, int64_t next_stride) {
   int64_t o = 0;
   for (; o + WIDTH <= size; o += WIDTH) {
     Floats to = load(y + o);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) to = fma(splat(h[r]), load(b + r * stride + o), to);
+    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) {
+      if (o * sizeof(A) % LINE == 0) __builtin_prefetch(next + r * next_stride + o, 0, 2);
+      to = fma(splat(h[r]), load(b + r * stride + o), to);
+    }
     store(y + o, to);
   }
   for (; o < size; ++o)
@@ -136,28 +161,32 @@ inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int
 template <typename A>
 void expand(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
             Shrunk& h, float* y, int64_t y_stride, int64_t first, int64_t last) {
+  static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
+  items.clear();
   for (const SlotGroup& group : rows.groups)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
       const SitePart& at = parts[part];
       const int64_t begin = std::max(first, at.column), end = std::min(last, at.column + at.width);
       if (begin >= end) continue;
-      const int64_t offset = begin - at.column, size = end - begin;
       const int64_t count = tables.count(group.slot, at.site);
-      for (int64_t page = 0; page < count; ++page) {
-        const A* b = arena + tables.page(group.slot, at.site, page)[1] * UNIT + offset;
-        for (int64_t i = group.begin; i < group.end; ++i) {
-          const int64_t row = rows.order[i];
-          expand_row(y + row * y_stride + begin, h.at(row, part, page), b, at.width, size);
-        }
-      }
-      const int64_t unit = tables.bias_unit(group.slot, at.site);
-      if (unit < 0) continue;
-      const A* bias = arena + unit * UNIT + offset;
-      for (int64_t i = group.begin; i < group.end; ++i) {
-        float* to = y + rows.order[i] * y_stride + begin;
-        for (int64_t o = 0; o < size; ++o) to[o] += to_float(bias[o]);
-      }
+      for (int64_t page = 0; page < count; ++page)
+        items.push_back({arena + tables.page(group.slot, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
+      if (const int64_t unit = tables.bias_unit(group.slot, at.site); unit >= 0)
+        items.push_back({arena + unit * UNIT + begin - at.column, &group, part, BIAS});
     }
+  for (size_t n = 0; n < items.size(); ++n) {
+    const PageItem<A>&item = items[n], &following = items[std::min(n + 1, items.size() - 1)];
+    const SitePart& at = parts[item.part];
+    const int64_t begin = std::max(first, at.column), size = std::min(last, at.column + at.width) - begin;
+    for (int64_t i = item.group->begin; i < item.group->end; ++i) {
+      const int64_t row = rows.order[i];
+      float* to = y + row * y_stride + begin;
+      if (item.page != BIAS)
+        expand_row(to, h.at(row, item.part, item.page), item.data, at.width, size, following.data, parts[following.part].width);
+      else
+        for (int64_t o = 0; o < size; ++o) to[o] += to_float(item.data[o]);
+    }
+  }
 }
 
 // y [rows, out] += the products of one site; x [rows, in].
@@ -181,14 +210,15 @@ inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const i
 // y[t] += B^T A[token[t]] at the embedding site, whose A pages are [vocab, 8].
 inline void embedding_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const int64_t* ids,
                                int64_t rows, float* y, int64_t out) {
-  tables.with_arena([&](const auto* arena) {
+  tables.with_arena([&]<typename A>(const A* arena) {
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t slot = slots[t], count = slot < 0 ? 0 : tables.count(slot, site);
       for (int64_t p = 0; p < count; ++p) {
         const int32_t* units = tables.page(slot, site, p);
         float h[RANKS_PER_PAGE];
         for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) h[r] = to_float(arena[units[0] * UNIT + ids[t] * RANKS_PER_PAGE + r]);
-        expand_row(y + t * out, h, arena + units[1] * UNIT, out, out);
+        const A* b = arena + units[1] * UNIT;
+        expand_row(y + t * out, h, b, out, out, b, out);
       }
     }
   });

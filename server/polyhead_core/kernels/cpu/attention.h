@@ -13,8 +13,37 @@
 namespace polyhead {
 
 struct AttentionScratches {
-  AttentionScratch vectors;
+  VectorScratch vectors;
   TileScratch unit;
+};
+
+// Attends on the tile unit where that can be, else on vectors.
+class AttentionWorker {
+ public:
+  AttentionWorker(const LayerPages& pages, const AttentionShape& s, AttentionScratches& scratch, float* out)
+      : on_unit_(attends_on_unit(pages, s)), scratch_(scratch), out_(out) {}
+
+  template <typename K, typename Ahead>
+  void attend(const AttentionItem& item, const K* keys, const K* values, const Ahead& ahead) {
+#if defined(POLYHEAD_TILES)
+    if constexpr (std::is_same_v<K, BFloat16>)
+      if (on_unit_) {
+        if (const int64_t rows = tile_rows(item); rows != unit_rows_) unit_.emplace(unit_rows_ = rows);
+        attend_on_unit(item, keys, values, scratch_.unit, ahead, out_);
+        return;
+      }
+#endif
+    attend_on_vectors(item, keys, values, scratch_.vectors, ahead, out_);
+  }
+
+ private:
+  const bool on_unit_;
+  AttentionScratches& scratch_;
+  float* const out_;
+#if defined(POLYHEAD_TILES)
+  std::optional<TileUnit> unit_;
+  int64_t unit_rows_ = 0;
+#endif
 };
 
 // Takes items from `next` until none is left.
@@ -22,38 +51,24 @@ inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stri
                          const int64_t* positions, const std::vector<QueryTile>& tiles, const AttentionShape& s,
                          std::atomic<int64_t>& next, AttentionScratches& scratch, float* out) {
   const int64_t num_items = static_cast<int64_t>(tiles.size()) * s.kv_heads;
-  const auto take = [&]() -> std::optional<AttentionItem> {
-    const int64_t index = next.fetch_add(1);
-    if (index >= num_items) return std::nullopt;
+  const auto item_at = [&](int64_t index) {
     return AttentionItem(s, q, q_stride, positions, block_tables, tiles[index / s.kv_heads], index % s.kv_heads);
   };
-  const bool on_unit = attends_on_unit(pages, s);
-  std::optional<TileUnit> unit;
-  int64_t unit_rows = 0;
   pages.with_data([&](const auto* keys, const auto* values) {
-    std::optional<AttentionItem> item = take();
-    for (int64_t n = 0; item && n < PAGES_AHEAD; ++n)
-      prefetch(item->page_in_turn(keys, values, n), s.page() * pages.keys.element_size());
-    while (item) {
-      const std::optional<AttentionItem> following = take();
-      const auto ahead = [&](int64_t n) {
-        const auto* page = item->page_in_turn(keys, values, n);
-        if (!page && following) page = following->page_in_turn(keys, values, n - 2 * item->num_blocks);
+    int64_t index = next.fetch_add(1);
+    if (index >= num_items) return;
+    AttentionWorker worker(pages, s, scratch, out);
+    for (int64_t n = 0; n < PAGES_AHEAD; ++n)
+      prefetch(item_at(index).page_in_turn(keys, values, n), s.page() * pages.keys.element_size());
+    while (index < num_items) {
+      const int64_t following = next.fetch_add(1);
+      const AttentionItem item = item_at(index), after = item_at(std::min(following, num_items - 1));
+      worker.attend(item, keys, values, [&](int64_t n) {
+        const auto* page = item.page_in_turn(keys, values, n);
+        if (!page) page = after.page_in_turn(keys, values, n - 2 * item.num_blocks);
         return page ? page : keys;  // where nothing follows, any page will do
-      };
-#if defined(POLYHEAD_TILES)
-      if constexpr (std::is_same_v<decltype(keys), const BFloat16*>)
-        if (on_unit) {
-          if (const int64_t rows = tile_rows(*item); rows != unit_rows) unit.emplace(unit_rows = rows);
-          attend_on_unit(*item, keys, values, scratch.unit, ahead, out);
-          item.reset();
-          if (following) item.emplace(*following);
-          continue;
-        }
-#endif
-      attend(*item, keys, values, scratch.vectors, ahead, out);
-      item.reset();
-      if (following) item.emplace(*following);
+      });
+      index = following;
     }
   });
 }

@@ -199,14 +199,16 @@ inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length
 // The rows of the tiles that attend_on_unit wants.
 inline int64_t tile_rows(const AttentionItem& item) { return std::min(item.num_queries(), TILE_ROWS); }
 
-// As attend(), with a TileUnit of tile_rows(item).
+// As attend_on_vectors(), with a TileUnit of tile_rows(item).
 template <typename Ahead>
 void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloat16* values, TileScratch& scratch,
                     const Ahead& ahead, float* out) {
   const AttentionShape& s = item.s;
   const int64_t num_queries = item.num_queries(), rows = round_up(num_queries, TILE_ROWS);
-  const int64_t used = item.num_blocks * s.block, length = round_up(used, PAIR_DEPTH), plane = rows * length;
-  const int64_t first = item.first_block * s.block;
+  // Keys are weighed PAIR_DEPTH at a time, from a multiple of it on whatever the first block is: what a query sums does not
+  // depend on what else is in its tile.
+  const int64_t first = item.first_block * s.block / PAIR_DEPTH * PAIR_DEPTH, lead = item.first_block * s.block - first;
+  const int64_t end_used = lead + item.num_blocks * s.block, length = round_up(end_used, PAIR_DEPTH), plane = rows * length;
   scratch.reserve(s.width, rows, length);
   float* scores = scratch.scores.data();
   BFloat16 *queries = scratch.queries.data(), *weights = scratch.weights.data(), *packed = scratch.values.data();
@@ -222,7 +224,7 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
     }
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       const BFloat16* tile_queries = queries + r * QUERY_PARTS * s.width;
-      float* to = scores + r * length + set * TILE_ROWS;
+      float* to = scores + r * length + lead + set * TILE_ROWS;
       if (count == 3) score_keys<3>(tile_queries, scratch.keys.data(), s.width, to, length);
       else if (count == 2) score_keys<2>(tile_queries, scratch.keys.data(), s.width, to, length);
       else score_keys<1>(tile_queries, scratch.keys.data(), s.width, to, length);
@@ -240,12 +242,13 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
   for (int64_t n = 0; n < item.num_blocks; ++n) {
     const BFloat16* next = ahead(item.num_blocks + n + PAGES_AHEAD);
     for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
-      const int64_t key = n * s.block + j;
+      const int64_t key = lead + n * s.block + j;
       pack_values(item.page(values, n) + j * s.width, s.width, item.first_key - first - key, item.end_key - first - key,
                   next + j * s.width, packed + key * s.width);
     }
   }
-  std::fill(packed + used * s.width, packed + length * s.width, BFloat16(0.0f));
+  std::fill(packed, packed + lead * s.width, BFloat16(0.0f));
+  std::fill(packed + end_used * s.width, packed + length * s.width, BFloat16(0.0f));
   alignas(64) float sums[TILE_ROWS * 64];
   for (int64_t r = 0; r < rows; r += TILE_ROWS)
     for (int64_t d = 0; d < s.width;) {

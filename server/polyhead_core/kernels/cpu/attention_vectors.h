@@ -8,7 +8,7 @@
 
 namespace polyhead {
 
-struct AttentionScratch {
+struct VectorScratch {
   Buffer<float> weights, keys;
 };
 
@@ -95,7 +95,8 @@ void weigh_values(const float* const* weights, const K* values, int64_t width, i
 
 // The results of one item. `ahead(n)`: the n-th of its pages, or of the next item's after them.
 template <typename K, typename Ahead>
-void attend(const AttentionItem& item, const K* keys, const K* values, AttentionScratch& scratch, const Ahead& ahead, float* out) {
+void attend_on_vectors(const AttentionItem& item, const K* keys, const K* values, VectorScratch& scratch, const Ahead& ahead,
+                       float* out) {
   const AttentionShape& s = item.s;
   const int64_t group = s.group(), num_queries = item.num_queries(), length = item.num_blocks * s.block;
   if (static_cast<int64_t>(scratch.weights.size()) < num_queries * length) scratch.weights.resize(num_queries * length);

@@ -407,7 +407,7 @@ void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t
 }
 
 #if defined(POLYHEAD_TILES)
-// The same for `rows` rows of as many tiles.
+// The same on the tile unit, for the `rows` rows of `TILES` tiles.
 template <int TILES>
 void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel, float* y,
                   int64_t y_stride, bool accumulate) {
@@ -424,7 +424,7 @@ void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
   const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
   for (int64_t half = 0; half * LANES32 < width; ++half) {
     const int64_t o = half * LANES32;
-    const __mmask16 lanes = static_cast<__mmask16>(width - o >= LANES32 ? 0xffff : (1 << (width - o)) - 1);
+    const __mmask16 mask = lanes(width - o);
     const __m512 s = _mm512_loadu_ps(scale + o), b = _mm512_loadu_ps(bias + o);
     for (int64_t row = 0; row < rows; ++row) {
       const float* scales = x.scales.data() + 3 * (r + row);
@@ -437,8 +437,8 @@ void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r,
       }
       float* to = y + (r + row) * y_stride + panel * PANEL + o;
       sum = _mm512_add_ps(_mm512_mul_ps(sum, s), b);
-      if (accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum);
-      _mm512_mask_storeu_ps(to, lanes, sum);
+      if (accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
+      _mm512_mask_storeu_ps(to, mask, sum);
     }
   }
 }

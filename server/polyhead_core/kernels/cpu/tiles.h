@@ -92,9 +92,6 @@ inline void multiply_tiles(const int8_t* w, const int8_t* x, int64_t stride, int
 
 constexpr bool HAS_TILES = false;
 inline bool tiles_are_allowed() { return false; }
-struct TileUnit {};
-template <int TILES>
-inline void multiply_tiles(const int8_t*, int64_t, const int8_t*, int64_t, int64_t, int32_t*) {}
 
 #endif
 

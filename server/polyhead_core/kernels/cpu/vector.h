@@ -134,8 +134,9 @@ inline float sum(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 #endif
 
 // Sums of `R` rows of `a`, which lie `stride` apart, times x. Two accumulators a row; the order depends on `size` alone.
+// Asks meanwhile for as many rows at `next`.
 template <int R, typename A>
-inline void dots(const A* a, int64_t stride, const float* x, int64_t size, float* out) {
+inline void dots(const A* a, int64_t stride, const float* x, int64_t size, float* out, const A* next) {
   Floats even[R], odd[R];
   for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0.0f);
   int64_t i = 0;
@@ -143,6 +144,7 @@ inline void dots(const A* a, int64_t stride, const float* x, int64_t size, float
     const Floats x0 = load(x + i), x1 = load(x + i + WIDTH);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      if (i * sizeof(A) % LINE == 0) __builtin_prefetch(next + r * stride + i, 0, 2);
       even[r] = fma(load(a + r * stride + i), x0, even[r]);
       odd[r] = fma(load(a + r * stride + i + WIDTH), x1, odd[r]);
     }
@@ -209,7 +211,7 @@ inline float largest_magnitude(const float* x, int64_t size) {
 // x / sqrt(mean(x^2) + eps) * weight.
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t size, float* out) {
   float square = 0;
-  dots<1>(x, 0, x, size, &square);
+  dots<1>(x, 0, x, size, &square, x);
   const float inverse = 1.0f / std::sqrt(square / static_cast<float>(size) + eps);
   for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * inverse);
 }
