@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PrefixTuningConfig, get_peft_model
+from pydantic import ValidationError
 from test_trainer_loop import EXAMPLES, PAD, made
 from torch import Tensor, nn
 from transformers import Gemma2Config, GraniteConfig, T5Config, T5ForConditionalGeneration
@@ -22,6 +23,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer import methods
 from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import collate
+from polyhead_trainer.compiled_layers import compiled_layers
 from polyhead_trainer.config import FullSettings, LoraSettings, TrainingSection
 from polyhead_trainer.decoder_layers import transformer_layers
 from polyhead_trainer.loop import accumulate_gradients
@@ -287,3 +289,31 @@ def test_chunks_hold_a_fraction_of_the_full_logits(tmp_path: Path) -> None:
     print(f"peak {plain_peak:,} bytes with full logits of {full:,}, {peak:,} in chunks")
     assert plain_peak > 2 * full
     assert peak < 0.4 * plain_peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("checkpointing", ["none", "all"])
+def test_compiled_layers_give_the_same_gradients_up_to_rounding(
+    tmp_path: Path, quantization: str, checkpointing: str
+) -> None:
+    model = tuned_model(tmp_path, quantization=quantization, adapter=LoraSettings(rank=4))
+    expected_loss, expected = loss_and_gradients(model)
+    settings = section(compile=True, activation_checkpointing=checkpointing)
+    with compiled_layers(model, settings), activation_checkpointing(model, settings):
+        loss, found = loss_and_gradients(model)
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-2, atol=2e-3)
+    assert all("forward" not in layer.__dict__ for layer in transformer_layers(model))
+
+
+def test_compiling_refuses_what_it_would_hide(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="selective"):
+        section(compile=True, activation_checkpointing="selective")
+    with (
+        pytest.raises(ConfigError, match=r"training\.compile.*no list of layers"),
+        compiled_layers(nn.Linear(2, 2), section(compile=True)),
+    ):
+        pass

@@ -13,6 +13,7 @@ from torch import nn
 
 from polyhead_trainer.activation_checkpointing import activation_checkpointing
 from polyhead_trainer.batching import steps
+from polyhead_trainer.compiled_layers import compiled_layers
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.data import EncodedExample, ExampleStream
 from polyhead_trainer.errors import TrainingDiverged
@@ -84,6 +85,7 @@ class TrainingLoop:
         """Trains in place from `step` on. Raises TrainingDiverged."""
         self.tuned.model.train()
         with (
+            compiled_layers(self.tuned.model, self.settings),
             activation_checkpointing(self.tuned.model, self.settings),
             noisy_embeddings(self.tuned.model, self.settings.neftune_alpha),
         ):

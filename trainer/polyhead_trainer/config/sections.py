@@ -104,6 +104,9 @@ class TrainingSection(Section):
     compute the rest again (selective): memory for time, the same gradients."""
     activation_checkpointing_every: Positive = 1
     """Only every k-th layer is checkpointed."""
+    compile: bool = False
+    """torch.compile on each transformer layer: the first steps take a minute or two longer, the others less time.
+    Results differ by rounding."""
     logit_chunk: Count = 2**25
     """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
     0: never in chunks."""
@@ -125,6 +128,14 @@ class TrainingSection(Section):
     def _one_length(self) -> TrainingSection:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("exactly one of epochs and max_steps must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled(self) -> TrainingSection:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing = selective chooses among operators, which compile joins: set all or none"
+            )
         return self
 
     @model_validator(mode="after")

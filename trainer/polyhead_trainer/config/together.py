@@ -19,7 +19,9 @@ from polyhead_trainer.config.load import explain, override, parse_config, read_v
 from polyhead_trainer.config.sections import RunConfig
 
 OWN_SECTIONS = ("adapter", "data", "training", "evaluate")
-SHARED_TRAINING = ("num_threads", "logit_chunk", "activation_checkpointing", "activation_checkpointing_every")
+SHARED_TRAINING = (
+    "num_threads", "logit_chunk", "compile", "activation_checkpointing", "activation_checkpointing_every",
+)  # fmt: skip
 """Settings of [training] that are about the passes, which all adapters share."""
 
 LENGTHS = ("epochs", "max_steps")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polyhead_trainer.activation_checkpointing import activation_checkpointing
+from polyhead_trainer.compiled_layers import compiled_layers
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.errors import TrainingDiverged
@@ -70,7 +71,8 @@ def train_together(
 
     `settings`: what they share. In a step's report the seconds of the passes are shared out by tokens.
     """
-    with activation_checkpointing(shared.backbone.model, settings):
+    model = shared.backbone.model
+    with compiled_layers(model, settings), activation_checkpointing(model, settings):
         while True:
             found = [(course, course.next_share()) for course in courses]
             shares = [(course, share) for course, share in found if share is not None]
