@@ -20,7 +20,8 @@ INT8_SHAPES = ((128, 1024, 1024), (512, 2048, 2048), (1024, 4096, 4096))
 """(rows, in, out) of the products that are timed, small to large."""
 MAX_PRODUCT_S = 0.5
 """Larger shapes are left out where a product would take longer: torch has no fast int8 product for every processor."""
-_ROUNDS = 20_000_000
+_PRODUCTS = 10_000_000_000
+"""Of each thread, in one measurement."""
 _WORD_BYTES = 8
 
 
@@ -39,7 +40,7 @@ class Int8Rate:
     """Operations per second; a multiplication and an addition are two."""
 
     in_registers: float
-    """Of the processor's int8 dot product alone, median; what no kernel can exceed."""
+    """Of the processor's widest int8 product alone, median; what no kernel can exceed."""
     instruction: str
     torch_int_mm: dict[str, float]
     """What torch._int_mm reaches, by shape."""
@@ -72,9 +73,11 @@ def int8_rate(num_threads: int, repeats: int) -> Int8Rate:
     library = _library()
     total = ctypes.c_int()
     rates = []
+    per_round = library.int8_products_per_round()
+    rounds = _PRODUCTS // per_round
     for _ in range(repeats):
-        rates.append(2 * library.int8_products_per_s(_ROUNDS, num_threads, ctypes.byref(total)))
-        assert total.value == _expected_total(_ROUNDS, library.int8_lanes()), "the products were left out"
+        rates.append(2 * library.int8_products_per_s(rounds, num_threads, ctypes.byref(total)))
+        assert total.value == _expected_total(rounds * per_round), "the products were left out"
     return Int8Rate(
         in_registers=statistics.median(rates),
         instruction=library.int8_instruction().decode(),
@@ -82,9 +85,9 @@ def int8_rate(num_threads: int, repeats: int) -> Int8Rate:
     )
 
 
-def _expected_total(rounds: int, products: int) -> int:
-    """Sum over all chains of 3 * -2, in 32 bits."""
-    return (rounds * 8 * products * -6 + 2**31) % 2**32 - 2**31
+def _expected_total(products: int) -> int:
+    """Sum of as many times 3 * -2, in 32 bits."""
+    return (products * -6 + 2**31) % 2**32 - 2**31
 
 
 def _torch_rates(num_threads: int, repeats: int) -> dict[str, float]:
@@ -139,5 +142,5 @@ def _library() -> ctypes.CDLL:
     library.int8_products_per_s.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.int8_products_per_s.restype = ctypes.c_double
     library.int8_instruction.restype = ctypes.c_char_p
-    library.int8_lanes.restype = ctypes.c_int
+    library.int8_products_per_round.restype = ctypes.c_int
     return library
