@@ -1,7 +1,7 @@
 // Attention on the processor's tile unit (Intel AMX): bfloat16 pages, keys transposed within their blocks, 16 queries at
 // once. Float queries and weights are split into bfloat16 parts whose products the unit sums in float32: queries into
 // three, which hold all their bits, weights into two, which hold 17. As on vectors, a query's sums are in an order that
-// depends on that query alone: keys in the order of their blocks, the first block the sequence's own.
+// depends on that query alone: by keys in order, 32 at a time, whatever its tile begins with.
 #pragma once
 
 #include <vector>
@@ -11,10 +11,11 @@
 namespace polyhead {
 
 #if defined(POLYHEAD_TILES) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define POLYHEAD_ATTENTION_TILES
 
-constexpr int64_t PAIR_DEPTH = 32;    // bfloat16 inputs of a tile
+constexpr int64_t PAIR_DEPTH = 32;  // bfloat16 inputs of a tile
 constexpr int64_t QUERY_PARTS = 3, WEIGHT_PARTS = 2;
-constexpr int64_t SETS = 3;           // of 16 keys, scored together
+constexpr int64_t SETS = 3;  // of 16 keys, scored together
 
 inline bool attends_on_unit(const LayerPages& pages, const AttentionShape& s) {
   return s.transposed_keys && pages.keys.scalar_type() == at::kBFloat16 && s.width % PAIR_DEPTH == 0 &&
@@ -22,7 +23,7 @@ inline bool attends_on_unit(const LayerPages& pages, const AttentionShape& s) {
 }
 
 struct TileScratch {
-  Buffer<float> scores, totals;               // [rows, length], [rows]
+  Buffer<float> scores, totals;                     // [rows, length], [rows]
   Buffer<BFloat16> queries, keys, weights, values;  // as the tiles read them
 
   void reserve(int64_t width, int64_t rows, int64_t length) {
@@ -38,10 +39,9 @@ struct TileScratch {
 inline __m512i to_bfloat16(Floats low, Floats high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
-inline Floats low_floats(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16)); }
-inline Floats high_floats(__m512i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16));
-}
+inline Floats to_floats(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline Floats low_floats(__m512i x) { return to_floats(_mm512_castsi512_si256(x)); }
+inline Floats high_floats(__m512i x) { return to_floats(_mm512_extracti64x4_epi64(x, 1)); }
 
 // x [size], a multiple of 32, as the sum of `PARTS` bfloat16 rows, `stride` apart.
 template <int PARTS>

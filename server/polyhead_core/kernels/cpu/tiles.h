@@ -13,8 +13,8 @@
 
 namespace polyhead {
 
-constexpr int64_t TILE_ROWS = 16;   // rows of a tile
-constexpr int64_t TILE_DEPTH = 64;  // inputs of a tile
+constexpr int64_t TILE_ROWS = 16;     // rows of a tile
+constexpr int64_t TILE_DEPTH = 64;    // inputs of a tile
 constexpr int64_t MIN_TILE_ROWS = 5;  // fewer are quicker by vectors
 
 #if defined(POLYHEAD_TILES)
