@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from polyhead_trainer.config import TrainingSection
-from polyhead_trainer.decoder_layers import require_transformer_layers
+from polyhead_trainer.decoder_layers import require_transformer_layers, wrapped_forwards
 
 _aten = torch.ops.aten
 KEPT_BY_SELECTIVE = [
@@ -42,19 +42,9 @@ def activation_checkpointing(model: nn.Module, settings: TrainingSection) -> Ite
         yield
         return
     layers = require_transformer_layers(model, f"training.activation_checkpointing = {how}")
-    selective = how == "selective"
-    wrapped = layers[:: settings.activation_checkpointing_every]
-    own = [layer.__dict__.get("forward") for layer in wrapped]
-    for layer in wrapped:
-        layer.forward = _checkpointed(layer, layer.forward, selective=selective)
-    try:
+    wrap = functools.partial(_checkpointed, selective=how == "selective")
+    with wrapped_forwards(layers[:: settings.activation_checkpointing_every], wrap):
         yield
-    finally:
-        for layer, forward in zip(wrapped, own, strict=True):
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.forward = forward
 
 
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:

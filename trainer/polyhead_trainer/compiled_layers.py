@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import TrainingSection
-from polyhead_trainer.decoder_layers import require_transformer_layers
+from polyhead_trainer.decoder_layers import require_transformer_layers, wrapped_forwards
 
 
 @contextmanager
@@ -32,14 +32,5 @@ def compiled_layers(model: nn.Module, settings: TrainingSection) -> Iterator[Non
             f"training.compile needs a C++ compiler on the CPU, and {get_cxx_compiler()} was not found: install one, "
             "or leave training.compile out"
         )
-    own = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
-    try:
+    with wrapped_forwards(layers, lambda _, forward: torch.compile(forward, dynamic=True)):
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.forward = forward

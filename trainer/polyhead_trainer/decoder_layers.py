@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from torch import nn
 
 from polyhead_core.errors import ConfigError
@@ -25,6 +29,24 @@ def require_transformer_layers(model: nn.Module, setting: str) -> list[nn.Module
     if not layers:
         raise ConfigError(f"{setting}: {type(model).__name__} has no list of layers with attention; leave it out")
     return layers
+
+
+@contextmanager
+def wrapped_forwards(
+    layers: Sequence[nn.Module], wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Each layer computes by wrap(layer, its forward) inside the block, and as before after it."""
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = wrap(layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.forward = forward
 
 
 def _collect(module: nn.Module, found: list[nn.Module]) -> None:
