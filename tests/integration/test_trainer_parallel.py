@@ -78,8 +78,8 @@ def test_ranks_compute_what_one_process_does(
     for step, (left, right) in enumerate(zip(one["curve"], several["curve"], strict=True)):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4 if step < exact_steps else later)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4 if step < exact_steps else 1e-2)
-    # After training the roundings of all steps have added up: 2e-3 apart on a processor with AVX-512, less on others.
-    for moment, apart in (("before", 1e-4), ("after", 3 * later)):
+    # Int8 roundings of all steps have added up after training: 2e-3 apart on a processor with AVX-512, less on others.
+    for moment, apart in (("before", 1e-4), ("after", 3e-3 if kind == "lora-int8" else later)):
         assert several[moment]["held_out_loss"] == pytest.approx(one[moment]["held_out_loss"], rel=apart)
     name = "model.safetensors" if kind.startswith("full") else "adapter_model.safetensors"
     mine, theirs = load_file(output / name), load_file(file.parent / "adapters/colours" / name)
