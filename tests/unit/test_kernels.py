@@ -95,6 +95,12 @@ def random_pages(seed: int, blocks: int = 24) -> dict[str, torch.Tensor]:
     }
 
 
+def key_pages(pages: dict[str, torch.Tensor], dtype: torch.dtype, transposed: bool) -> torch.Tensor:
+    """`transposed` within their blocks, as the CPU's pool keeps them."""
+    keys = pages["k"].to(dtype)
+    return keys.transpose(2, 3).contiguous().transpose(2, 3) if transposed else keys
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (0, 3.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,10 +109,7 @@ def test_paged_attention_equals_the_reference(
     seed: int, window: int, softcap: float, dtype: torch.dtype, transposed: bool
 ) -> None:
     p = random_pages(seed)
-    keys = p["k"].to(dtype)
-    if transposed:
-        keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
-    rest = (keys, p["v"].to(dtype), p["tables"])
+    rest = (key_pages(p, dtype, transposed), p["v"].to(dtype), p["tables"])
     fast = dispatch.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
     slow = reference.paged_attention(p["q"], *rest, p["sequence"], p["positions"], 0.2, window, softcap)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
@@ -150,9 +153,7 @@ def test_a_prompt_attends_as_its_tokens_do_alone_and_as_the_reference(
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_query_that_is_no_number_spoils_its_own_row_alone(transposed: bool) -> None:
     p = random_pages(1)
-    keys = p["k"].bfloat16()
-    if transposed:
-        keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    keys = key_pages(p, torch.bfloat16, transposed)
     rest = (keys, p["v"].bfloat16(), p["tables"], p["sequence"], p["positions"], 0.2)
     expected = dispatch.paged_attention(p["q"], *rest)
     p["q"][3, 4, 5] = torch.nan

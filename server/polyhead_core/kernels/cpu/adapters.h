@@ -79,7 +79,7 @@ struct Shrunk {
 
   void resize(int64_t rows, int64_t parts_, int64_t max_pages) {
     parts = parts_, ranks = max_pages * RANKS_PER_PAGE;
-    if (static_cast<int64_t>(values.size()) < rows * parts * ranks) values.resize(rows * parts * ranks);
+    grow(values, rows * parts * ranks);
   }
   float* at(int64_t row, int64_t part, int64_t page) {
     return values.data() + (row * parts + part) * ranks + page * RANKS_PER_PAGE;

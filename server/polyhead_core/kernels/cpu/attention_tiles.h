@@ -27,9 +27,6 @@ struct TileScratch {
   Buffer<BFloat16> queries, keys, weights, values;  // as the tiles read them
 
   void reserve(int64_t width, int64_t rows, int64_t length) {
-    const auto grow = [](auto& vector, int64_t size) {
-      if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
-    };
     grow(scores, rows * length), grow(totals, rows);
     grow(queries, rows * QUERY_PARTS * width), grow(keys, SETS * TILE_ROWS * width);
     grow(weights, WEIGHT_PARTS * rows * length), grow(values, length * width);
@@ -39,7 +36,6 @@ struct TileScratch {
 inline __m512i to_bfloat16(Floats low, Floats high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
-inline Floats to_floats(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline Floats low_floats(__m512i x) { return to_floats(_mm512_castsi512_si256(x)); }
 inline Floats high_floats(__m512i x) { return to_floats(_mm512_extracti64x4_epi64(x, 1)); }
 

@@ -99,7 +99,7 @@ void attend_on_vectors(const AttentionItem& item, const K* keys, const K* values
                        float* out) {
   const AttentionShape& s = item.s;
   const int64_t group = s.group(), num_queries = item.num_queries(), length = item.num_blocks * s.block;
-  if (static_cast<int64_t>(scratch.weights.size()) < num_queries * length) scratch.weights.resize(num_queries * length);
+  grow(scratch.weights, num_queries * length);
   const auto weights = [&](int64_t i) { return scratch.weights.data() + i * length; };
 
   const auto score_block = [&](const auto* block_keys, int64_t offset) {

@@ -187,14 +187,11 @@ struct DecoderStack : torch::CustomClassHolder {
     }
     quantized.resize(rows, row_bytes);
     shrunk.resize(rows, 3, max_pages);
-    const auto grow = [&](Buffer<float>& buffer, int64_t columns) {
-      if (static_cast<int64_t>(buffer.size()) < rows * columns) buffer.resize(rows * columns);
-    };
-    grow(normed, hidden);
-    grow(qkv_rows, qkv);
-    grow(attended, heads * width);
-    grow(gate_up_rows, gate_up);
-    grow(activated, gate_up / 2);
+    grow(normed, rows * hidden);
+    grow(qkv_rows, rows * qkv);
+    grow(attended, rows * heads * width);
+    grow(gate_up_rows, rows * gate_up);
+    grow(activated, rows * gate_up / 2);
   }
 
   // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form.

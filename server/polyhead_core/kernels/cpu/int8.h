@@ -180,9 +180,6 @@ struct QuantizedRows {
 
   void resize(int64_t rows, int64_t row_bytes) {
     stride = row_bytes;
-    const auto grow = [](auto& vector, int64_t size) {
-      if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
-    };
     grow(quads, round_up(rows, TILE_ROWS) * stride);
     grow(scales, 3 * rows);
     grow(sums, 3 * rows);
@@ -195,8 +192,9 @@ struct QuantizeScratch {
   Buffer<int8_t> q;
 
   void resize(int64_t in, int64_t outliers) {
-    if (static_cast<int64_t>(row.size()) < in) row.resize(round_up(in, WIDTH)), q.resize(in + PART);
-    if (static_cast<int64_t>(large.size()) < outliers) large.resize(outliers);
+    grow(row, round_up(in, WIDTH));
+    grow(q, in + PART);
+    grow(large, outliers);
   }
 };
 
@@ -214,7 +212,7 @@ struct Magnitude {
 };
 
 // One part of a row as the products read it, zeros up to the next multiple of PART: q = round(x / scale) with
-// scale = largest / 127, and the sum of q. x has room for whole vectors.
+// scale = largest / 127, and the sum of q.
 inline void quantize_part(const float* x, int64_t size, float largest, int8_t* to, float& scale, int32_t& sum) {
   scale = std::max(largest / 127.0f, 1e-12f);
   const Floats divisor = splat(scale), inverse = splat(1.0f / scale);

@@ -91,7 +91,6 @@ inline void multiply_tiles(const int8_t* w, const int8_t* x, int64_t stride, int
 #else
 
 constexpr bool HAS_TILES = false;
-inline bool tiles_are_allowed() { return false; }
 
 #endif
 

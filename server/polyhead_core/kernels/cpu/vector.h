@@ -48,16 +48,20 @@ struct LineAllocator {
 template <typename T>
 using Buffer = std::vector<T, LineAllocator<T>>;
 
+// Room for at least `size` elements.
+template <typename Vector>
+inline void grow(Vector& vector, int64_t size) {
+  if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 constexpr int64_t WIDTH = 16;
 using Floats = __m512;
 
+inline Floats to_floats(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
-inline Floats load(const BFloat16* from) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
+inline Floats load(const BFloat16* from) { return to_floats(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
