@@ -41,8 +41,10 @@ def on_host(settings: BackboneSection) -> BackboneSection:
 
 def load(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
-    if settings.quantization == "llm.int8" or _is_encoder_decoder(settings):
-        return _load_by_transformers(settings)
+    directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
+    check_loadable(settings, directory)
+    if settings.quantization == "llm.int8" or is_encoder_decoder(directory):
+        return _load_by_transformers(settings, directory)
     return load_backbone(
         settings.source,
         quantization=settings.quantization,
@@ -52,35 +54,32 @@ def load(settings: BackboneSection) -> Backbone:
     )
 
 
-def _is_encoder_decoder(settings: BackboneSection) -> bool:
-    directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
-    return _config(directory).is_encoder_decoder
-
-
-def _config(directory: Path) -> PretrainedConfig:
-    try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"cannot read {directory / 'config.json'}: {error}") from error
-    return found
-
-
-def _load_by_transformers(settings: BackboneSection) -> Backbone:
-    """LLM.int8, and encoder-decoders, which the server's own loading and int8 do not know."""
-    # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    cache = settings.cache_dir or default_cache_dir()
-    directory = resolve_source(settings.source, cache)
-    device = torch.device(settings.device)
-    name = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
-    is_encoder_decoder = _config(directory).is_encoder_decoder
-    if is_encoder_decoder and settings.quantization == "int8":
+def check_loadable(settings: BackboneSection, directory: Path) -> None:
+    """Raises ConfigError, BackboneError."""
+    if settings.quantization == "int8" and is_encoder_decoder(directory):
         raise ConfigError(
             f"backbone.quantization = int8 is made for decoder-only models, and {settings.source!r} is an "
             "encoder-decoder: set backbone.quantization = none or llm.int8"
         )
-    loader = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+
+
+def is_encoder_decoder(directory: Path) -> bool:
+    """Raises BackboneError."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"cannot read {directory / 'config.json'}: {error}") from error
+    return config.is_encoder_decoder
+
+
+def _load_by_transformers(settings: BackboneSection, directory: Path) -> Backbone:
+    """LLM.int8, and encoder-decoders, which the server's own loading and int8 do not know."""
+    # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    device = torch.device(settings.device)
+    name = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    loader = AutoModelForSeq2SeqLM if is_encoder_decoder(directory) else AutoModelForCausalLM
     more: dict[str, Any] = {}
     if settings.quantization == "llm.int8":
         more["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -90,7 +89,7 @@ def _load_by_transformers(settings: BackboneSection) -> Backbone:
         tokenizer=AutoTokenizer.from_pretrained(directory),
         source=settings.source,
         directory=directory,
-        fingerprint=fingerprint(directory, cache),
+        fingerprint=fingerprint(directory, settings.cache_dir or default_cache_dir()),
         quantization=settings.quantization,
         dtype=dtype,
         device=device,

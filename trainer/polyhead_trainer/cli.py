@@ -197,13 +197,13 @@ def estimate(
     nproc: Annotated[int, typer.Option(help="Processes, as for `trainer run`: bytes are those of one.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Predicts the bytes that a run needs, part by part, without loading the backbone's weights.
+    """Predicts the bytes of tensors that a run needs, part by part, without loading the backbone's weights.
 
-    Activations and peak are computed and have not been compared with measured ones yet.
+    The interpreter with its libraries and the data come on top; on a GPU, CUDA's own context.
     """
-    from polyhead_trainer.config import load_config
+    from polyhead_trainer.config import load_run
 
-    loaded = load_config(config, set_)
+    loaded = load_run(config, set_)
     quiet_libraries()
     from polyhead_trainer.estimate import estimate as estimate_run
 
