@@ -1,8 +1,9 @@
 """LoRA training on the default backbone: tokens per second, peak memory and loss, side by side with what else is used.
 
 Peers: transformers' Trainer with peft, TRL's SFTTrainer with its packing, and the shape of llama-cookbook's loop. Every
-system learns the same examples of the demo's data once, in steps of as many tokens, in a process of its own; systems
-alternate, each repeat with other examples. Held-out loss after that is measured the same way for all, in float32.
+system learns the same examples of the demo's data once, in the same batches and order (TRL packs them in its own), in a
+process of its own; systems alternate, each repeat with other examples. Held-out loss after that is measured the same
+way for all, in the type that a system trains in. bfloat16 is measured where the processor multiplies it.
     python benchmarks/training.py [--steps 24] [--repeats 2] [--systems ...] [--seed 0]      (TRL: the extra `oracles`)
 """
 
@@ -25,14 +26,8 @@ GOAL = 1.3
 OURS = "polyhead"
 WARM_UP_STEPS = 3
 HELD_OUT = 100
-BY_DEFAULT = (
-    "polyhead int8",
-    "polyhead float32",
-    "transformers Trainer float32",
-    "TRL SFTTrainer packed float32",
-    "llama-cookbook loop float32",
-)
-"""bfloat16 is left to machines that multiply it fast."""
+KINDS = ("polyhead", "transformers Trainer", "TRL SFTTrainer packed", "llama-cookbook loop")
+MULTIPLIES_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +45,13 @@ def main() -> None:
     if options.worker:
         print(json.dumps(asdict(measure(options))))
         return
+    facts = machine_facts()
+    if not options.systems:
+        fast = options.device != "cpu" or MULTIPLIES_BFLOAT16 & set(facts["isa"])
+        dtypes = ("float32", "bfloat16") if fast else ("float32",)
+        options.systems = [f"{OURS} int8", *(f"{kind} {dtype}" for dtype in dtypes for kind in KINDS)]
     if any("TRL" in system for system in options.systems) and find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install -c constraints.txt 'polyhead[oracles]', or leave it out")
-    facts = machine_facts()
     say_if_busy(facts)
     found: list[Measured] = []
     for repeat in range(options.repeats):
@@ -146,7 +145,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--systems", nargs="+", default=list(BY_DEFAULT))
+    parser.add_argument("--systems", nargs="+", default=[])
     parser.add_argument(
         "--steps", type=int, default=24, help=f"optimizer steps; the first {WARM_UP_STEPS} are not timed"
     )

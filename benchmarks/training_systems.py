@@ -5,7 +5,6 @@ Every `train_*` takes a Work, trains and returns the adapted model with a Meter 
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from transformers import (
 
 from polyhead_core.backbone import load_backbone
 from polyhead_trainer import methods
+from polyhead_trainer.batching import steps
 from polyhead_trainer.config import LoraSettings, TrainingSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.loop import StepReport, TrainingLoop
@@ -51,6 +51,12 @@ class Work:
     @property
     def num_steps(self) -> int:
         return len(self.examples) // self.batch_size
+
+    @property
+    def batches(self) -> list[list[EncodedExample]]:
+        """One a step, neighbours in length: Polyhead's own loop makes them, and all but TRL's packing learn them in
+        this order."""
+        return list(steps(self.examples, batch_size=self.batch_size, seed=self.seed, num_steps=self.num_steps))
 
     @property
     def targets(self) -> list[str]:
@@ -104,13 +110,13 @@ def train_polyhead(work: Work, *, quantization: str, dtype: str) -> Trained:
 
 
 def train_transformers(work: Work, *, dtype: str) -> Trained:
-    """`Trainer` with peft, batches of similar length."""
+    """`Trainer` with peft, told not to shuffle."""
     model, meter = _peft_model(work, dtype), Meter()
     collate = DataCollatorForSeq2Seq(work.tokenizer, padding=True)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**_arguments(work), train_sampling_strategy="group_by_length"),
-        train_dataset=_rows(work.examples),
+        args=TrainingArguments(**_arguments(work), train_sampling_strategy="sequential"),
+        train_dataset=_rows([example for batch in work.batches for example in batch]),
         data_collator=_counting(collate, meter),
         callbacks=[_StepClock(meter)],
     )
@@ -144,16 +150,13 @@ def train_trl(work: Work, *, dtype: str) -> Trained:
 
 
 def train_cookbook(work: Work, *, dtype: str) -> Trained:
-    """The loop of llama-cookbook's train_utils: padded batches by length, `model(**batch).loss`, clip, step."""
+    """The loop of llama-cookbook's train_utils: padded batches, `model(**batch).loss`, clip, step."""
     model, meter = _peft_model(work, dtype), Meter()
     collate = _counting(DataCollatorForSeq2Seq(work.tokenizer, padding=True), meter)
-    ordered = sorted(_rows(work.examples), key=lambda row: len(row["input_ids"]))
-    batches = [ordered[at : at + work.batch_size] for at in range(0, len(ordered), work.batch_size)][: work.num_steps]
-    random.Random(work.seed).shuffle(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
-    for rows in batches:
-        batch = {name: tensor.to(work.device) for name, tensor in collate(rows).items()}
+    for examples in work.batches:
+        batch = {name: tensor.to(work.device) for name, tensor in collate(_rows(examples)).items()}
         loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from polyhead_core.adapter_directory import content_hash, read_adapter_directory
 from polyhead_core.backbone import load_backbone
 from polyhead_core.errors import ConfigError
+from polyhead_trainer import backbones
 from polyhead_trainer.config import RunConfig, load_config
 from polyhead_trainer.data import load_examples
 from polyhead_trainer.errors import DataError, OutputExists
@@ -125,6 +127,23 @@ def test_other_backbones(tmp_path: Path, quantization: str) -> None:
     result = run_quietly(config)
     assert result.record.after.held_out_loss < result.record.before.held_out_loss
     assert read_adapter_directory(config.output).quantization == quantization
+
+
+def test_nf4_is_refused_on_the_cpu_and_made_of_double_quantised_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it learns on a GPU is in tests/gpu."""
+    config = configuration(tmp_path, "backbone.quantization=nf4")
+    with pytest.raises(ConfigError, match=r"nf4 on the CPU: .* set backbone.device = cuda"):
+        run_quietly(config)
+    monkeypatch.setattr(backbones, "check_loadable", lambda *_: None)
+    model = backbones.load(config.backbone).model
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 3 * 7
+    for layer in layers:
+        assert layer.weight.quant_state is not None
+        assert (layer.weight.quant_type, layer.weight.quant_state.nested) == ("nf4", True)
+        assert layer.compute_dtype == torch.float32
 
 
 def test_rslora_patterns_bias_head_and_embedding(tmp_path: Path) -> None:

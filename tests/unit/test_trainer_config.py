@@ -49,7 +49,7 @@ def test_overrides_take_toml_values_and_bare_words(file: Path) -> None:
         ("adapter.rank=0", "adapter.rank = 0: Input should be greater than or equal to 1"),
         ("adapter.rank=eight", "adapter.rank = 'eight': Input should be a valid integer"),
         ("adapter.layers=[]", "would mean all layers"),
-        ("backbone.quantization=int4", "'int8', 'llm.int8' or 'none'"),
+        ("backbone.quantization=int4", "'int8', 'llm.int8', 'nf4' or 'none'"),
         ("training.max_steps=3", "exactly one of epochs and max_steps"),
         ("training", "expected section.key=value"),
         ("output.name=x", "output is a value, not a section"),

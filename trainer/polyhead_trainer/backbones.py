@@ -1,4 +1,4 @@
-"""The frozen model to train on: the server's own, or bitsandbytes' LLM.int8 made from the same files."""
+"""The frozen model to train on: the server's own, or bitsandbytes' LLM.int8 or NF4 made from the same files."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ HUB_NAMES = {"default": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What peft's `base_model_name_or_path` says for backbones that are not named by themselves."""
 
 
+BY_BITSANDBYTES = ("llm.int8", "nf4")
+"""Quantisations that it makes of float weights while transformers loads them."""
+
+
 def on_host(settings: BackboneSection) -> BackboneSection:
     """The same weights, left on the host until each rank has taken its part of them.
 
@@ -43,7 +47,7 @@ def load(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
-    if settings.quantization == "llm.int8" or is_encoder_decoder(directory):
+    if settings.quantization in BY_BITSANDBYTES or is_encoder_decoder(directory):
         return _load_by_transformers(settings, directory)
     return load_backbone(
         settings.source,
@@ -61,6 +65,11 @@ def check_loadable(settings: BackboneSection, directory: Path) -> None:
             f"backbone.quantization = int8 is made for decoder-only models, and {settings.source!r} is an "
             "encoder-decoder: set backbone.quantization = none or llm.int8"
         )
+    if settings.quantization == "nf4" and torch.device(settings.device).type == "cpu":
+        raise ConfigError(
+            "backbone.quantization = nf4 on the CPU: bitsandbytes' four bits barely learn there, and come back wrong "
+            "from a file; set backbone.device = cuda, or backbone.quantization = int8"
+        )
 
 
 def is_encoder_decoder(directory: Path) -> bool:
@@ -72,8 +81,20 @@ def is_encoder_decoder(directory: Path) -> bool:
     return config.is_encoder_decoder
 
 
+def quantization_config(name: str, compute: torch.dtype) -> BitsAndBytesConfig:
+    """For one of BY_BITSANDBYTES. NF4 as QLoRA has it (Dettmers et al. 2023), double quantisation included."""
+    if name == "llm.int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def _load_by_transformers(settings: BackboneSection, directory: Path) -> Backbone:
-    """LLM.int8, and encoder-decoders, which the server's own loading and int8 do not know."""
+    """LLM.int8 and NF4, and encoder-decoders, which the server's own loading and int8 do not know."""
     # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     device = torch.device(settings.device)
@@ -81,8 +102,8 @@ def _load_by_transformers(settings: BackboneSection, directory: Path) -> Backbon
     dtype: torch.dtype = getattr(torch, name)
     loader = AutoModelForSeq2SeqLM if is_encoder_decoder(directory) else AutoModelForCausalLM
     more: dict[str, Any] = {}
-    if settings.quantization == "llm.int8":
-        more["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if settings.quantization in BY_BITSANDBYTES:
+        more["quantization_config"] = quantization_config(settings.quantization, dtype)
     model = loader.from_pretrained(directory, dtype=dtype, device_map={"": device}, **more)
     return Backbone(
         model=model.eval().requires_grad_(False),

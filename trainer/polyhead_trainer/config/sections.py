@@ -15,8 +15,9 @@ from polyhead_trainer.data.forms import FIELDS
 class BackboneSection(Section):
     source: str = "default"
     """`default` (SmolLM2-135M-Instruct), a Hugging Face directory, a .gguf file or a hub id."""
-    quantization: Literal["int8", "llm.int8", "none"] = "int8"
-    """`int8`: the very layers that the server runs; `llm.int8`: bitsandbytes' LLM.int8; `none`: weights in `dtype`."""
+    quantization: Literal["int8", "llm.int8", "nf4", "none"] = "int8"
+    """`int8`: the very layers that the server runs; `llm.int8`: bitsandbytes' LLM.int8; `nf4`: QLoRA's four bits, its
+    constants quantised as well, on CUDA; `none`: weights in `dtype`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16."""
     device: str = "cpu"

@@ -15,6 +15,7 @@ from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
 from polyhead_core.backbone.checkpoint import CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.load import empty_model, replace_module
+from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.backbones import check_loadable, is_encoder_decoder
@@ -23,6 +24,11 @@ from polyhead_trainer.config import BackboneSection
 
 def empty_backbone(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
+    if settings.quantization == "nf4":
+        raise ConfigError(
+            "backbone.quantization = nf4 cannot be estimated: its weights take a little more than half of what "
+            "backbone.quantization = llm.int8 is estimated to take"
+        )
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
     compute = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
+from polyhead_trainer.backbones import BY_BITSANDBYTES
 from polyhead_trainer.config import ParallelSection, RunConfig
 from polyhead_trainer.parallel.ranks import Ranks
 
@@ -62,11 +63,11 @@ def check_possible(config: RunConfig, ranks: Ranks) -> None:
     settings = config.parallel
     if ranks.size == 1 or settings.strategy == "ddp":
         return
-    if config.backbone.quantization == "llm.int8":
+    if config.backbone.quantization in BY_BITSANDBYTES:
         raise ConfigError(
-            "parallel.strategy = fsdp with backbone.quantization = llm.int8: bitsandbytes keeps state on its weights "
-            "that shards do not have ('Parameter' object has no attribute 'CB'); set backbone.quantization = int8, "
-            "which can be sharded, or parallel.strategy = ddp"
+            f"parallel.strategy = fsdp with backbone.quantization = {config.backbone.quantization}: bitsandbytes keeps "
+            "state on its weights that shards do not have ('Parameter' object has no attribute 'CB'); set "
+            "backbone.quantization = int8, which can be sharded, or parallel.strategy = ddp"
         )
     if settings.cpu_offload and ranks.device.type == "cpu":
         raise ConfigError("parallel.cpu_offload = true needs backbone.device = cuda: on the CPU nothing is elsewhere")
