@@ -181,5 +181,6 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         layer: Int8Linear = ctx.layer  # type: ignore[attr-defined]
         (g,) = grads
-        grad_x = (g * (layer.SCB / INT8_MAX).to(g.dtype)) @ layer.weight.to(g.dtype)
-        return grad_x if layer.input_scale is None else grad_x / layer.input_scale.to(g.dtype), None
+        rows = g.reshape(-1, layer.out_features)
+        grad_x = dispatch.int8_linear_backward(rows, layer.weight, layer.SCB, layer.input_scale)
+        return grad_x.view(*g.shape[:-1], layer.in_features), None

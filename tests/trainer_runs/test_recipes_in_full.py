@@ -77,18 +77,20 @@ def test_a_task_is_learned_by_its_margin(folder: Path, monkeypatch: pytest.Monke
         assert after <= MAX_FORGETTING * before
 
 
-def test_adapters_of_their_own_forget_nothing_where_the_whole_model_does(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two tasks in turn: what the first one's held-out loss is after the second was learned."""
+def test_two_tasks_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first task's held-out loss is after a second was learned: by the whole model, and by one small adapter.
+    (Adapters of their own cannot forget: the first one's file is what it was.)"""
     monkeypatch.chdir(folder)
     first = execute("full", short=False)
-    second = execute("second_task_full", short=False)
-    assert second["after"]["held_out_loss"] < second["before"]["held_out_loss"]
-    assert second["before"]["earlier_loss"] == pytest.approx(first["after"]["held_out_loss"], rel=0.2)
-    assert second["after"]["earlier_loss"] > second["before"]["earlier_loss"], "the whole model forgot nothing"
+    whole = execute("second_task_full", short=False)
+    assert whole["after"]["held_out_loss"] < 0.5 * whole["before"]["held_out_loss"]
+    assert whole["before"]["earlier_loss"] == pytest.approx(first["after"]["held_out_loss"], rel=1e-3)
     shared = execute("second_task_same_adapter", short=False)
-    assert shared["after"]["earlier_loss"] < shared["before"]["earlier_loss"], "the first task is still known a little"
+    assert shared["after"]["held_out_loss"] < 0.6 * shared["before"]["held_out_loss"]
+    learned = read_record(folder / "runs/tweet-sentiment")
+    assert learned is not None
+    forgotten = shared["after"]["earlier_loss"] / learned["after"]["held_out_loss"]
+    assert forgotten > 2 > whole["after"]["earlier_loss"] / whole["before"]["earlier_loss"]
 
 
 @pytest.mark.parametrize("name", FOR_A_FEW_STEPS)
@@ -99,17 +101,25 @@ def test_a_recipe_lowers_the_loss_in_a_few_steps(folder: Path, monkeypatch: pyte
     assert min(losses[3:]) < losses[0]
 
 
+MEASURES = ("choice_accuracy", "accuracy", "preference_accuracy", "chrf")
+"""What a task is judged by: the first that it has."""
+
+
 def print_table(folder: Path) -> None:
-    print("\nrecipe                      trained        steps  seconds  measure: backbone -> tuned")
+    print(f"\n{'run':<26} {'trained':>12} {'steps':>5} {'seconds':>7}  {'held-out loss':<17} {'measure':<37}", end=" ")
+    print(f"{'general perplexity':<18} earlier task's loss")
     for directory in sorted((folder / "runs").iterdir()):
         record = read_record(directory)
         if record is None:
             continue
         before, after = record["before"], record["after"]
-        figures = ", ".join(
-            f"{name} {before[name]:.3f} -> {value:.3f}"
-            for name, value in after.items()
-            if isinstance(value, float) and before[name] is not None
+
+        def change(name: str, before: dict[str, Any] = before, after: dict[str, Any] = after) -> str:
+            return "" if after.get(name) is None else f"{before[name]:.3f} -> {after[name]:.3f}"
+
+        measure = next((name for name in MEASURES if after[name] is not None), "")
+        print(
+            f"{directory.name:<26} {record['trainable']['num_trainable']:>12,} {len(record['curve']):>5} "
+            f"{record['train_seconds']:>7.0f}  {change('held_out_loss'):<17} {measure:<19} {change(measure):<17} "
+            f"{change('general_perplexity'):<18} {change('earlier_loss')}"
         )
-        trained, steps = record["trainable"]["num_trainable"], len(record["curve"])
-        print(f"{directory.name:<26} {trained:>12,}  {steps:>5}  {record['train_seconds']:>7.0f}  {figures}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -76,6 +78,37 @@ def test_what_is_no_number_stays_none_and_stays_in_its_row(column: int, value: f
     found = layer(x)
     assert found[2].isnan().all()
     assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_backward_equals_the_reference_and_rows_alone(seed: int, dtype: torch.dtype) -> None:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, out, width = draw.randrange(1, 300), draw.choice((1, 33, 96, 192, 1600, 3100)), draw.choice((1, 17, 64, 200))
+    weight = torch.randint(-127, 128, (out, width), dtype=torch.int8, generator=generator)
+    absmax, scale = torch.rand(out, generator=generator) * 9, torch.rand(width, generator=generator) + 0.5
+    g = (torch.randn(rows, out, generator=generator) * 10.0 ** torch.randint(-6, 6, (rows, 1), generator=generator)).to(
+        dtype
+    )
+    for input_scale in (None, scale):
+        found = dispatch.int8_linear_backward(g, weight, absmax, input_scale)
+        assert found.dtype == dtype
+        expected = reference.int8_linear_backward(g.double(), weight, absmax, input_scale)
+        # However much the terms of a sum cancel out, its rounding goes by their sizes.
+        terms = reference.int8_linear_backward(g.double().abs(), weight.abs(), absmax, input_scale)
+        allowed = (2e-6 if dtype == torch.float32 else 2e-2) * terms
+        assert ((found - expected).abs() <= allowed).all()
+        for row in {0, rows // 2, rows - 1}:
+            alone = dispatch.int8_linear_backward(g[row : row + 1], weight, absmax, input_scale)[0]
+            if dispatch._cpu(g).runs_backward():
+                assert torch.equal(alone, found[row])
+            else:  # BLAS sums in an order that depends on the number of rows
+                assert ((alone - found[row]).abs() <= 2 * allowed[row]).all()
+
+
+def test_int8_backward_of_no_rows() -> None:
+    weight = torch.ones(6, 5, dtype=torch.int8)
+    assert dispatch.int8_linear_backward(torch.zeros(0, 6), weight, torch.ones(6)).shape == (0, 5)
 
 
 def random_pages(seed: int, blocks: int = 24) -> dict[str, torch.Tensor]:

@@ -16,10 +16,11 @@ from transformers import (
     PretrainedConfig,
 )
 
+from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
-from polyhead_core.errors import BackboneError, ConfigError
+from polyhead_core.errors import AdapterMismatch, BackboneError, ConfigError
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.config import BackboneSection
 
@@ -79,6 +80,15 @@ def is_encoder_decoder(directory: Path) -> bool:
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"cannot read {directory / 'config.json'}: {error}") from error
     return config.is_encoder_decoder
+
+
+def check_trained_on(backbone: Backbone, directory: Path, files: AdapterDirectory) -> None:
+    """Raises AdapterMismatch where the adapter in `directory` says that it was trained on another backbone."""
+    if files.backbone_fingerprint not in (None, backbone.fingerprint):
+        raise AdapterMismatch(
+            f"{directory} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
+            f"{backbone.source!r} has {backbone.fingerprint}: name the right one in backbone.source"
+        )
 
 
 def quantization_config(name: str, compute: torch.dtype) -> BitsAndBytesConfig:

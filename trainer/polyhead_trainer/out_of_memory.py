@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from polyhead_core.errors import PolyheadError
-from polyhead_trainer.config import RunConfig
+from polyhead_trainer.config import RunConfig, TogetherConfig
 from polyhead_trainer.errors import OutOfMemory
 from polyhead_trainer.estimate import Estimate, estimate
 
@@ -20,7 +21,7 @@ MIB = 1 << 20
 
 
 @contextmanager
-def explaining_out_of_memory(config: RunConfig, num_ranks: int) -> Iterator[None]:
+def explaining_out_of_memory(config: RunConfig | TogetherConfig, num_ranks: int) -> Iterator[None]:
     """Raises OutOfMemory for allocations that fail inside."""
     try:
         yield
@@ -35,16 +36,17 @@ def is_allocation(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATION_FAILED in str(error)
 
 
-def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
+def _explanation(config: RunConfig | TogetherConfig, num_ranks: int, reason: str) -> str:
+    device = _any_run(config).backbone.device
     first_line = reason.strip().partition("\n")[0]
-    message = f"out of memory on {config.backbone.device}: {first_line}"
+    message = f"out of memory on {device}: {first_line}"
     try:
         needed = estimate(config, nproc=num_ranks)
         smaller = list(_smaller(config, num_ranks, needed.peak))
     except PolyheadError as error:
         return f"{message}; what the run needs cannot be estimated ({error.message})"
     parts = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in needed.parts().items() if value)
-    available = _available_bytes(config.backbone.device)
+    available = _available_bytes(device)
     message += f"; `trainer estimate` expects on each rank: {parts}; there are {available / MIB:,.0f} MiB"
     if not smaller:
         return f"{message}; no setting of the trainer would make it smaller: use a larger device or a smaller backbone"
@@ -54,42 +56,52 @@ def _explanation(config: RunConfig, num_ranks: int, reason: str) -> str:
     return f"{message}; settings that need less: {listed}"
 
 
-def _smaller(config: RunConfig, num_ranks: int, least: int) -> Iterator[tuple[str, int]]:
+def _smaller(config: RunConfig | TogetherConfig, num_ranks: int, least: int) -> Iterator[tuple[str, int]]:
     """(settings, expected peak in bytes), each with those before it, as far as they save something on `least`."""
     names: list[str] = []
-    for setting, change in _changes(config):
-        candidate = change(config)
+    for section, setting, value in _changes(config):
+        candidate = _with(config, section, {setting: value})
         peak = _peak(candidate, num_ranks)
         if peak is not None and peak < 0.99 * least:
             config, least = candidate, peak
-            names.append(setting)
+            names.append(f"{section}.{setting} = {value}")
             yield " and ".join(names), peak
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, Callable[[RunConfig], RunConfig]]]:
-    """From the cheapest to the costliest in time."""
-    training = config.training
-    size = training.micro_batch_size or training.batch_size
+def _changes(config: RunConfig | TogetherConfig) -> Iterator[tuple[str, str, int | str]]:
+    """(section, setting, value), from the cheapest to the costliest in time."""
+    runs = list(config.runs.values()) if isinstance(config, TogetherConfig) else [config]
+    size = max(run.training.micro_batch_size or run.training.batch_size for run in runs)
     if size > 1:
-        yield f"training.micro_batch_size = {max(1, size // 4)}", _set("training", micro_batch_size=max(1, size // 4))
-    if training.optimizer in ("adamw", "sgd"):
-        yield "training.optimizer = adamw-8bit", _set("training", optimizer="adamw-8bit")
-    if training.activation_checkpointing != "all":
-        yield "training.activation_checkpointing = all", _set("training", activation_checkpointing="all")
+        yield "training", "micro_batch_size", max(1, size // 4)
+    if any(run.training.optimizer in ("adamw", "sgd") for run in runs):
+        yield "training", "optimizer", "adamw-8bit"
+    # Adapters that are trained together and drop out cannot be computed again.
+    drops_out = len(runs) > 1 and any(getattr(run.adapter, "dropout", 0) for run in runs)
+    if runs[0].training.activation_checkpointing != "all" and not drops_out:
+        yield "training", "activation_checkpointing", "all"
     if size > 4:
-        yield "training.micro_batch_size = 1", _set("training", micro_batch_size=1)
-    if config.backbone.quantization == "none" and config.adapter.method != "full":
-        yield "backbone.quantization = int8", _set("backbone", quantization="int8")
+        yield "training", "micro_batch_size", 1
+    if runs[0].backbone.quantization == "none" and runs[0].adapter.method != "full":
+        yield "backbone", "quantization", "int8"
 
 
-def _set(section: str, **values: Any) -> Callable[[RunConfig], RunConfig]:
-    def changed(config: RunConfig) -> RunConfig:
-        return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+def _with(config: RunConfig | TogetherConfig, section: str, values: dict[str, Any]) -> RunConfig | TogetherConfig:
+    """With these values in the section, of every run where there are several."""
+    if isinstance(config, TogetherConfig):
+        return replace(config, runs={name: _run_with(run, section, values) for name, run in config.runs.items()})
+    return _run_with(config, section, values)
 
-    return changed
+
+def _run_with(run: RunConfig, section: str, values: dict[str, Any]) -> RunConfig:
+    return run.model_copy(update={section: getattr(run, section).model_copy(update=values)})
 
 
-def _peak(config: RunConfig, num_ranks: int) -> int | None:
+def _any_run(config: RunConfig | TogetherConfig) -> RunConfig:
+    return config.shared if isinstance(config, TogetherConfig) else config
+
+
+def _peak(config: RunConfig | TogetherConfig, num_ranks: int) -> int | None:
     """None for settings that the run could not have."""
     try:
         found: Estimate = estimate(config, nproc=num_ranks)

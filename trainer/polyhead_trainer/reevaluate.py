@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyhead_core.adapter_directory import read_adapter_directory
-from polyhead_core.errors import AdapterMismatch, ConfigError
+from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import RunConfig, load_config, parse_config
 from polyhead_trainer.record import METRICS_FILE, read_record
 
@@ -75,7 +75,7 @@ def measure(subject: Subject) -> Measured:
     else:
         files = read_adapter_directory(subject.adapter.resolve())
         content_hash = files.content_hash
-        _check_fingerprint(subject, files.backbone_fingerprint, backbone.fingerprint)
+        backbones.check_trained_on(backbone, subject.adapter, files)
     task = open_task(config, backbone)
     held_out = load_examples(
         config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns
@@ -84,14 +84,6 @@ def measure(subject: Subject) -> Measured:
     before = evaluator.measure(task.backbone.model)
     after = evaluator.measure(task.reload(subject.adapter))
     return Measured(adapter=subject.adapter, content_hash=content_hash, before=before, after=after)
-
-
-def _check_fingerprint(subject: Subject, trained_on: str | None, found: str) -> None:
-    if trained_on not in (None, found):
-        raise AdapterMismatch(
-            f"{subject.adapter} was trained on the backbone with fingerprint {trained_on}, "
-            f"{subject.config.backbone.source!r} has {found}: name the right one with --set backbone.source=..."
-        )
 
 
 def print_measured(console: Console, measured: Sequence[Measured]) -> None:

@@ -79,6 +79,18 @@ def int8_linear(
     return result
 
 
+def int8_linear_backward(
+    g_TO: Tensor, weight_OI: Tensor, absmax_O: Tensor, input_scale_I: Tensor | None = None
+) -> Tensor:
+    """See reference.int8_linear_backward, in g's type; on a CPU's tile unit as exact as in float32, in float32."""
+    kernels = _cpu(g_TO)
+    if kernels is None or not kernels.runs_backward():
+        return reference.int8_linear_backward(g_TO, weight_OI, absmax_O, input_scale_I)
+    scale_O = absmax_O / reference.INT8_MAX
+    result: Tensor = kernels.int8_linear_backward(g_TO.float(), weight_OI.contiguous(), scale_O, input_scale_I)
+    return result.to(g_TO.dtype)
+
+
 def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> Tensor:
     """y with the adapters' products added; float32 y is changed in place. See reference.low_rank_add."""
     out = y_TO.float().contiguous()

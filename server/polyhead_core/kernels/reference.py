@@ -68,6 +68,14 @@ def int8_linear(
     return y_TO if bias_O is None else y_TO.add_(bias_O)
 
 
+def int8_linear_backward(
+    g_TO: Tensor, weight_OI: Tensor, absmax_O: Tensor, input_scale_I: Tensor | None = None
+) -> Tensor:
+    """dL/dx = (g * absmax / 127) W' / input_scale in g's type: int8_linear's quantisation taken for the identity."""
+    g_TI = (g_TO * (absmax_O / INT8_MAX).to(g_TO.dtype)) @ weight_OI.to(g_TO.dtype)
+    return g_TI if input_scale_I is None else g_TI / input_scale_I.to(g_TO.dtype)
+
+
 def low_rank_add(y_TO: Tensor, x_TI: Tensor, tables: AdapterTables, site: int, slots_T: Tensor) -> None:
     """y[t] += sum over the pages p of slot[t] at `site` of B_p^T (A_p x[t]), plus its bias there; slot -1: none."""
     in_features, out_features = x_TI.shape[1], y_TO.shape[1]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_adapter_directory
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterFormatError, AdapterMismatch
+from polyhead_trainer.backbones import check_trained_on
 from polyhead_trainer.heads.modules import ScoreHead, classifier
 
 HEAD_TYPE = "HEAD"
@@ -62,11 +63,7 @@ def load_head(backbone: Backbone, directory: Path) -> PreTrainedModel:
             f"adapter {files.name!r}: expected peft_type {HEAD_TYPE!r} with lists `labels` and `hidden`, "
             f"got {files.config.get('peft_type')!r}, {labels!r} and {hidden!r}"
         )
-    if files.backbone_fingerprint not in (None, backbone.fingerprint):
-        raise AdapterMismatch(
-            f"adapter {files.name!r} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
-            f"{backbone.source!r} has {backbone.fingerprint}"
-        )
+    check_trained_on(backbone, directory, files)
     model: Any = classifier(backbone, labels, hidden=hidden, seed=0)
     _fill(model.score, files.tensors, files.name)
     assert isinstance(model, PreTrainedModel)

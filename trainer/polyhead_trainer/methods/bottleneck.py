@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_adapter_directory, stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterFormatError, BackboneError
-from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
 from polyhead_trainer.config import BottleneckSettings
 from polyhead_trainer.decoder_layers import require_transformer_layers
-from polyhead_trainer.methods.peft_tuned import check_backbone, check_same_tensors, task_type
+from polyhead_trainer.methods.peft_tuned import check_same_tensors, task_type
 from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 BOTTLENECK_TYPE = "BOTTLENECK"
@@ -96,7 +96,7 @@ def bottleneck(backbone: Backbone, settings: BottleneckSettings) -> BottleneckTu
     _insert(backbone.model, settings)
     if settings.warm_start is not None:
         files = read_adapter_directory(settings.warm_start.resolve())
-        check_backbone(settings.warm_start, files.backbone_fingerprint, backbone)
+        check_trained_on(backbone, settings.warm_start, files)
         _fill(backbone.model, files.tensors, settings.warm_start)
     for module in _bottlenecks(backbone.model).values():
         module.requires_grad_(True)
@@ -108,7 +108,7 @@ def bottleneck(backbone: Backbone, settings: BottleneckSettings) -> BottleneckTu
 def load_bottleneck(backbone: Backbone, directory: Path) -> PreTrainedModel:
     """The backbone with the adapter from `directory`. Raises AdapterRejected and its kin, BackboneError."""
     files = read_adapter_directory(directory.resolve())
-    check_backbone(directory, files.backbone_fingerprint, backbone)
+    check_trained_on(backbone, directory, files)
     wanted = ("size", "activation", "places")
     try:
         settings = BottleneckSettings(method="bottleneck", **{name: files.config[name] for name in wanted})

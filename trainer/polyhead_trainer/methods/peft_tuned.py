@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from polyhead_core.adapter_directory import read_adapter_directory, stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterMismatch, ConfigError
-from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
 from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 
@@ -69,19 +69,10 @@ def wrap(backbone: Backbone, config: PeftConfig, warm_start: Path | None = None)
 
 def _start_from(model: PeftModel, directory: Path, backbone: Backbone) -> None:
     files = read_adapter_directory(directory.resolve())
-    check_backbone(directory, files.backbone_fingerprint, backbone)
+    check_trained_on(backbone, directory, files)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_same_tensors(directory, files.tensors, wanted)
     set_peft_model_state_dict(model, files.tensors)
-
-
-def check_backbone(directory: Path, fingerprint: str | None, backbone: Backbone) -> None:
-    """Raises AdapterMismatch where the adapter says that it was trained on another backbone."""
-    if fingerprint not in (None, backbone.fingerprint):
-        raise AdapterMismatch(
-            f"{directory} was trained on the backbone with fingerprint {fingerprint}; this run's "
-            f"backbone {backbone.source!r} has {backbone.fingerprint}"
-        )
 
 
 def check_same_tensors(directory: Path, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

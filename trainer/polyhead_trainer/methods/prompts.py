@@ -14,8 +14,9 @@ from torch import Tensor
 from polyhead_core.adapter_directory import read_adapter_directory
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
+from polyhead_trainer.backbones import check_trained_on
 from polyhead_trainer.config import LlamaAdapterSettings, PrefixSettings, PromptSettings, PTuningSettings
-from polyhead_trainer.methods.peft_tuned import PeftTuned, check_backbone, check_same_tensors, task_type, wrap
+from polyhead_trainer.methods.peft_tuned import PeftTuned, check_same_tensors, task_type, wrap
 
 
 def prompt_tuning(backbone: Backbone, settings: PromptSettings) -> PeftTuned:
@@ -72,7 +73,7 @@ def _in_front(backbone: Backbone, config: Any, settings: Any, initial: Tensor | 
 
 def _continue(model: PeftModel, settings: Any, backbone: Backbone) -> None:
     files = read_adapter_directory(settings.warm_start.resolve())
-    check_backbone(settings.warm_start, files.backbone_fingerprint, backbone)
+    check_trained_on(backbone, settings.warm_start, files)
     encoder: Any = model.prompt_encoder["default"]
     check_same_tensors(settings.warm_start, files.tensors, {"prompt_embeddings": encoder.embedding.weight})
     with torch.no_grad():

@@ -16,10 +16,10 @@ from polyhead_trainer import backbones, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
 from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
-from polyhead_trainer.errors import OutOfMemory, TrainingDiverged
+from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
-from polyhead_trainer.out_of_memory import is_allocation
+from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.parallel import joined
 from polyhead_trainer.parallel.memory import peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
@@ -85,16 +85,8 @@ def run_together(
                 f"[[adapters]] are trained together in one process, and {max(nproc, ranks.size)} were started: leave "
                 "--nproc out, or give each adapter a configuration of its own"
             )
-        try:
+        with explaining_out_of_memory(config, num_ranks=1):
             return _run(config, console, overwrite, resume)
-        except (MemoryError, RuntimeError) as error:
-            if not is_allocation(error):
-                raise
-            raise OutOfMemory(
-                f"out of memory on {config.shared.backbone.device}: {str(error).strip().partition(chr(10))[0]}; a pass "
-                f"holds one micro-batch of each of the {len(config.runs)} adapters: settings that need less are a "
-                "smaller training.micro_batch_size, training.activation_checkpointing = all, or fewer [[adapters]]"
-            ) from error
 
 
 def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool) -> TogetherResult:

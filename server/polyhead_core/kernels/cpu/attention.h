@@ -25,7 +25,7 @@ class AttentionWorker {
 
   template <typename K, typename Ahead>
   void attend(const AttentionItem& item, const K* keys, const K* values, const Ahead& ahead) {
-#if defined(POLYHEAD_ATTENTION_TILES)
+#if defined(POLYHEAD_BFLOAT16_TILES)
     if constexpr (std::is_same_v<K, BFloat16>)
       if (on_unit_) {
         if (const int64_t rows = tile_rows(item); rows != unit_rows_) unit_.emplace(unit_rows_ = rows);
@@ -40,7 +40,7 @@ class AttentionWorker {
   const bool on_unit_;
   AttentionScratches& scratch_;
   float* const out_;
-#if defined(POLYHEAD_ATTENTION_TILES)
+#if defined(POLYHEAD_BFLOAT16_TILES)
   std::optional<TileUnit> unit_;
   int64_t unit_rows_ = 0;
 #endif

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "decoder.h"
+#include "int8_backward.h"
 #include "logits.h"
 
 namespace polyhead {
@@ -22,6 +23,36 @@ at::Tensor packed_forward(const LinearPtr& linear, const at::Tensor& x) {
   at::Tensor y = at::empty({x.size(0), linear->out}, input.options());
   linear_forward(*linear, input.const_data_ptr<float>(), x.size(0), y.data_ptr<float>());
   return y;
+}
+
+void check_backward(const at::Tensor& g, const at::Tensor& weight, const at::Tensor& scale,
+                    const std::optional<at::Tensor>& input_scale) {
+  TORCH_CHECK(g.dim() == 2 && g.scalar_type() == at::kFloat && weight.dim() == 2 && weight.scalar_type() == at::kChar &&
+                  weight.is_contiguous() && g.size(1) == weight.size(0),
+              "expected float32 gradients [rows, out] and a contiguous int8 weight [out, in], got ", g.sizes(), " of ",
+              g.scalar_type(), " and ", weight.sizes(), " of ", weight.scalar_type());
+  TORCH_CHECK(scale.numel() == weight.size(0) && scale.scalar_type() == at::kFloat &&
+                  (!input_scale || (input_scale->numel() == weight.size(1) && input_scale->scalar_type() == at::kFloat)),
+              "scale must be float32 [out], input_scale float32 [in]");
+}
+
+at::Tensor int8_linear_backward(const at::Tensor& g, const at::Tensor& weight, const at::Tensor& scale,
+                                const std::optional<at::Tensor>& input_scale) {
+  RECORD_FUNCTION("polyhead_cpu::int8_linear_backward", std::vector<c10::IValue>());
+  check_backward(g, weight, scale, input_scale);
+  const at::Tensor rows = g.contiguous(), by_output = scale.contiguous();
+  const at::Tensor by_input = input_scale ? input_scale->contiguous() : at::Tensor();
+  at::Tensor y = at::empty({g.size(0), weight.size(1)}, g.options());
+  backward_on_unit(rows.const_data_ptr<float>(), weight.const_data_ptr<int8_t>(), by_output.const_data_ptr<float>(),
+                   by_input.defined() ? by_input.const_data_ptr<float>() : nullptr, g.size(0), weight.size(0),
+                   weight.size(1), y.data_ptr<float>());
+  return y;
+}
+
+at::Tensor int8_linear_backward_shape(const at::Tensor& g, const at::Tensor& weight, const at::Tensor& scale,
+                                      const std::optional<at::Tensor>& input_scale) {
+  check_backward(g, weight, scale, input_scale);
+  return at::empty_symint({g.sym_size(0), weight.sym_size(1)}, g.options());
 }
 
 void advise(at::Tensor& tensor) { advise_huge_pages(tensor.data_ptr(), tensor.nbytes()); }
@@ -91,6 +122,8 @@ TORCH_LIBRARY(polyhead_cpu, library) {
       .def("num_bytes", &DecoderStack::num_bytes)
       .def("take_phase_seconds", &DecoderStack::take_phase_seconds)
       .def("forward", &DecoderStack::forward);
+  library.def("runs_backward() -> bool", &runs_backward_on_unit);
+  library.def("int8_linear_backward(Tensor g, Tensor weight, Tensor scale, Tensor? input_scale) -> Tensor");
   library.def("advise_huge_pages(Tensor(a!) tensor) -> ()", &advise);
   library.def("low_rank_add(Tensor(a!) y, Tensor x, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
               "int site, Tensor slots) -> ()", &low_rank_add);
@@ -99,4 +132,9 @@ TORCH_LIBRARY(polyhead_cpu, library) {
   library.def("greedy(Tensor logits) -> Tensor", &greedy);
   library.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor sequences, "
               "Tensor positions, float scale, int window, float softcap) -> Tensor", &paged_attention);
+}
+
+TORCH_LIBRARY_IMPL(polyhead_cpu, CPU, library) { library.impl("int8_linear_backward", &polyhead::int8_linear_backward); }
+TORCH_LIBRARY_IMPL(polyhead_cpu, Meta, library) {
+  library.impl("int8_linear_backward", &polyhead::int8_linear_backward_shape);
 }
