@@ -43,8 +43,8 @@ def _explanation(config: RunConfig | TogetherConfig, num_ranks: int, reason: str
     try:
         needed = estimate(config, nproc=num_ranks)
         smaller = list(_smaller(config, num_ranks, needed.peak))
-    except PolyheadError as error:
-        return f"{message}; what the run needs cannot be estimated ({error.message})"
+    except (PolyheadError, MemoryError) as error:
+        return f"{message}; what the run needs cannot be estimated ({error})"
     parts = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in needed.parts().items() if value)
     available = _available_bytes(device)
     message += f"; `trainer estimate` expects on each rank: {parts}; there are {available / MIB:,.0f} MiB"
