@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from machine import machine_facts, say_if_busy, shown, silence_peft
+from machine import machine_facts, say_if_busy, silence_peft
+from training_files import demo_data, write_results
 
 GOAL = 1.3
 OURS = "polyhead"
@@ -60,10 +61,7 @@ def main() -> None:
             one = found[-1]
             print(f"repeat {repeat}: {system}: {one.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
     print_table(found, options.systems)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    values = {"machine": facts, "settings": {"steps": options.steps, "batch_size": options.batch_size}}
-    options.out.write_text(json.dumps({**values, "measured": [asdict(one) for one in found]}, indent=1) + "\n")
-    print(f"\nwritten to {shown(options.out)}")
+    write_results(options.out, facts, {"steps": options.steps, "batch_size": options.batch_size}, found)
 
 
 def _in_own_process(options: argparse.Namespace, system: str, repeat: int) -> Measured:
@@ -85,16 +83,13 @@ def measure(options: argparse.Namespace) -> Measured:
     from polyhead_core.paths import default_cache_dir
     from polyhead_trainer.config import EvaluateSection
     from polyhead_trainer.data import load_examples
-    from polyhead_trainer.demo_data import prepare
     from polyhead_trainer.evaluate import prepare as prepare_evaluation
     from polyhead_trainer.tokens import padding_id
 
     silence_peft()
     directory = resolve_source(options.backbone, default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    data = default_cache_dir() / "demo_data"
-    if not (data / "tweet_sentiment").is_dir():
-        prepare(data)
+    data = demo_data()
     train = load_examples([data / "tweet_sentiment" / "train.jsonl"], tokenizer, 512).examples
     held_out = load_examples([data / "tweet_sentiment" / "held_out.jsonl"], tokenizer, 512).examples[:HELD_OUT]
     work = Work(

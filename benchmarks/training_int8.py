@@ -8,7 +8,6 @@ loss that its users get. (Those trained on int8 were measured so by their own ru
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -17,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import machine_facts, shown, silence_peft
+from machine import machine_facts, silence_peft
 from rich.console import Console
+from training_files import demo_data, write_results
 
-from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.config import parse_config
-from polyhead_trainer.demo_data import prepare
 from polyhead_trainer.recipe_book import find_recipe
 from polyhead_trainer.reevaluate import measure, read_subject
 from polyhead_trainer.run import run
@@ -45,9 +43,7 @@ class Measured:
 def main() -> None:
     options = _options()
     silence_peft()
-    data = default_cache_dir() / "demo_data"
-    if not (data / "tweet_sentiment").is_dir():
-        prepare(data)
+    data = demo_data()
     facts = machine_facts()
     found: list[Measured] = []
     for recipe in options.recipes:
@@ -56,10 +52,7 @@ def main() -> None:
                 found.append(_train(recipe, base, seed, options.steps, data))
                 print(asdict(found[-1]), file=sys.stderr, flush=True)
     _print_table(found, options.recipes)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    values: dict[str, Any] = {"machine": facts, "settings": {"steps": options.steps, "seeds": options.seeds}}
-    options.out.write_text(json.dumps({**values, "measured": [asdict(one) for one in found]}, indent=1) + "\n")
-    print(f"\nwritten to {shown(options.out)}")
+    write_results(options.out, facts, {"steps": options.steps, "seeds": options.seeds}, found)
 
 
 def _train(recipe: str, base: dict[str, str], seed: int, steps: int, data: Path) -> Measured:

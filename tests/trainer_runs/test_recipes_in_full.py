@@ -113,14 +113,16 @@ def print_table(folder: Path) -> None:
         record = read_record(directory)
         if record is None:
             continue
-        before, after = record["before"], record["after"]
-
-        def change(name: str, before: dict[str, Any] = before, after: dict[str, Any] = after) -> str:
-            return "" if after.get(name) is None else f"{before[name]:.3f} -> {after[name]:.3f}"
-
-        measure = next((name for name in MEASURES if after[name] is not None), "")
+        measure = next((name for name in MEASURES if record["after"][name] is not None), "")
         print(
             f"{directory.name:<26} {record['trainable']['num_trainable']:>12,} {len(record['curve']):>5} "
-            f"{record['train_seconds']:>7.0f}  {change('held_out_loss'):<17} {measure:<19} {change(measure):<17} "
-            f"{change('general_perplexity'):<18} {change('earlier_loss')}"
+            f"{record['train_seconds']:>7.0f}  {change(record, 'held_out_loss'):<17} "
+            f"{measure:<19} {change(record, measure):<17} "
+            f"{change(record, 'general_perplexity'):<18} {change(record, 'earlier_loss')}"
         )
+
+
+def change(record: dict[str, Any], measure: str) -> str:
+    """Backbone -> tuned; empty where it was not measured."""
+    before, after = record["before"].get(measure), record["after"].get(measure)
+    return "" if after is None else f"{before:.3f} -> {after:.3f}"

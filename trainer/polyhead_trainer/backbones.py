@@ -38,10 +38,15 @@ def on_host(settings: BackboneSection) -> BackboneSection:
     There they are pages of their file, which all ranks of a host share: none of them holds the whole model by itself,
     as long as the file has the weights in the type that they are used in.
     """
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if settings.device == "cpu" else "bfloat16"
-    return settings.model_copy(update={"device": "cpu", "dtype": dtype})
+    return settings.model_copy(update={"device": "cpu", "dtype": str(compute_dtype(settings)).removeprefix("torch.")})
+
+
+def compute_dtype(settings: BackboneSection) -> torch.dtype:
+    """Of the activations."""
+    if settings.dtype == "auto":
+        return torch.float32 if torch.device(settings.device).type == "cpu" else torch.bfloat16
+    found: torch.dtype = getattr(torch, settings.dtype)
+    return found
 
 
 def load(settings: BackboneSection) -> Backbone:
@@ -108,8 +113,7 @@ def _load_by_transformers(settings: BackboneSection, directory: Path) -> Backbon
     # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     device = torch.device(settings.device)
-    name = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
+    dtype = compute_dtype(settings)
     loader = AutoModelForSeq2SeqLM if is_encoder_decoder(directory) else AutoModelForCausalLM
     more: dict[str, Any] = {}
     if settings.quantization in BY_BITSANDBYTES:

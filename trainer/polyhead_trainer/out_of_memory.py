@@ -26,18 +26,18 @@ def explaining_out_of_memory(config: RunConfig | TogetherConfig, num_ranks: int)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_allocation(error):
+        if not _is_allocation(error):
             raise
         raise OutOfMemory(_explanation(config, num_ranks, str(error))) from error
 
 
-def is_allocation(error: MemoryError | RuntimeError) -> bool:
+def _is_allocation(error: MemoryError | RuntimeError) -> bool:
     """Whether it says that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATION_FAILED in str(error)
 
 
 def _explanation(config: RunConfig | TogetherConfig, num_ranks: int, reason: str) -> str:
-    device = _any_run(config).backbone.device
+    device = _runs(config)[0].backbone.device
     first_line = reason.strip().partition("\n")[0]
     message = f"out of memory on {device}: {first_line}"
     try:
@@ -70,7 +70,7 @@ def _smaller(config: RunConfig | TogetherConfig, num_ranks: int, least: int) -> 
 
 def _changes(config: RunConfig | TogetherConfig) -> Iterator[tuple[str, str, int | str]]:
     """(section, setting, value), from the cheapest to the costliest in time."""
-    runs = list(config.runs.values()) if isinstance(config, TogetherConfig) else [config]
+    runs = _runs(config)
     size = max(run.training.micro_batch_size or run.training.batch_size for run in runs)
     if size > 1:
         yield "training", "micro_batch_size", max(1, size // 4)
@@ -97,8 +97,8 @@ def _run_with(run: RunConfig, section: str, values: dict[str, Any]) -> RunConfig
     return run.model_copy(update={section: getattr(run, section).model_copy(update=values)})
 
 
-def _any_run(config: RunConfig | TogetherConfig) -> RunConfig:
-    return config.shared if isinstance(config, TogetherConfig) else config
+def _runs(config: RunConfig | TogetherConfig) -> list[RunConfig]:
+    return list(config.runs.values()) if isinstance(config, TogetherConfig) else [config]
 
 
 def _peak(config: RunConfig | TogetherConfig, num_ranks: int) -> int | None:

@@ -18,7 +18,7 @@ from polyhead_core.backbone.load import empty_model, replace_module
 from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
-from polyhead_trainer.backbones import check_loadable, is_encoder_decoder
+from polyhead_trainer.backbones import check_loadable, compute_dtype, is_encoder_decoder
 from polyhead_trainer.config import BackboneSection
 
 
@@ -31,9 +31,7 @@ def empty_backbone(settings: BackboneSection) -> Backbone:
         )
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
-    compute = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    if settings.dtype == "auto" and settings.device != "cpu":
-        compute = torch.bfloat16
+    compute = compute_dtype(settings)
     return Backbone(
         model=_empty_tree(directory, settings.quantization, compute).eval().requires_grad_(False),
         tokenizer=AutoTokenizer.from_pretrained(directory),

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from polyhead_core.errors import ConfigError
 from polyhead_trainer import methods
@@ -72,7 +71,8 @@ def estimate(config: RunConfig | TogetherConfig, *, nproc: int = 1) -> Estimate:
             accumulates=accumulates,
         )
     optimizer = state_bytes(config.training.optimizer, parameters, config.training) // num_shards
-    copies = _copied_bytes(config, data, tuned, parameters, optimizer, nproc)
+    trained = sum(parameter.nbytes for parameter in parameters) // num_shards
+    copies = copied_bytes(config, trained, optimizer, _num_steps(config, data), tuned.is_adapter and nproc == 1)
     return Estimate.of(parts, optimizer, copies, peaks, MicroBatch.of(batches[0]))
 
 
@@ -112,7 +112,8 @@ def _estimate_together(config: TogetherConfig, nproc: int) -> Estimate:
             parameters += own
             states = state_bytes(run.training.optimizer, own, run.training)
             optimizer += states
-            copies += _copied_bytes(run, data, member.tuned, own, states, nproc)
+            trained = sum(parameter.nbytes for parameter in own)
+            copies += copied_bytes(run, trained, states, _num_steps(run, data), is_watched=True)
         dry.count_gradients(parameters)
 
         def step() -> None:
@@ -140,19 +141,6 @@ def _estimate_together(config: TogetherConfig, nproc: int) -> Estimate:
     )
 
 
-def _copied_bytes(
-    config: RunConfig, data: RunData, tuned: Tuned, parameters: Sequence[nn.Parameter], optimizer: int, nproc: int
-) -> int:
-    num_shards = nproc if config.parallel.strategy == "fsdp" else 1
-    return copied_bytes(
-        config,
-        sum(parameter.nbytes for parameter in parameters) // num_shards,
-        optimizer,
-        num_steps=count_steps(config.training, len(data.examples)),
-        is_watched=tuned.is_adapter and nproc == 1,
-    )
-
-
 def _pass(tuned: Tuned, objective: Objective, batch: Sequence[EncodedExample]) -> Pass:
     return lambda: objective.loss_sum(tuned.model, batch, CPU).backward()
 
@@ -163,6 +151,10 @@ def _fresh(settings: AdapterSettings) -> AdapterSettings:
     return settings.model_copy(update={name: value for name, value in unread.items() if hasattr(settings, name)})
 
 
+def _num_steps(config: RunConfig, data: RunData) -> int:
+    return count_steps(config.training, len(data.examples))
+
+
 def _micro_batches(config: RunConfig, data: RunData, nproc: int) -> tuple[list[Sequence[EncodedExample]], bool]:
     """Of those that the run will really make, on any of its ranks, the costliest, most tokens first; and whether a step
     takes several."""
@@ -171,7 +163,7 @@ def _micro_batches(config: RunConfig, data: RunData, nproc: int) -> tuple[list[S
         data.examples,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        num_steps=count_steps(settings, len(data.examples)),
+        num_steps=_num_steps(config, data),
     )
     size = settings.micro_batch_size or settings.batch_size
     ranks = [Ranks(rank=rank, size=nproc) for rank in range(nproc)]

@@ -114,7 +114,7 @@ class ModelParts:
         )
 
 
-def copied_bytes(config: RunConfig, trained: int, optimizer: int, *, num_steps: int, is_watched: bool) -> int:
+def copied_bytes(config: RunConfig, trained: int, optimizer: int, num_steps: int, is_watched: bool) -> int:
     """`trained`, `optimizer`: bytes of this rank; `is_watched`: divergence.LastGood copies the adapter."""
     if torch.device(config.backbone.device).type != "cpu":
         return 0

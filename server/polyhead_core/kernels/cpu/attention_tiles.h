@@ -188,7 +188,9 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
   BFloat16 *queries = scratch.queries.data(), *weights = scratch.weights.data(), *packed = scratch.values.data();
 
   for (int64_t i = 0; i < num_queries; ++i)
-    split<QUERY_PARTS>(item.query(i), s.width, queries + i * QUERY_PARTS * s.width, s.width);
+    for (int64_t d = 0; d < s.width; d += PAIR_DEPTH)
+      split<QUERY_PARTS>(load(item.query(i) + d), load(item.query(i) + d + WIDTH), queries + i * QUERY_PARTS * s.width + d,
+                         s.width);
   const int64_t per_block = s.block / TILE_ROWS, num_sets = item.num_blocks * per_block;
   for (int64_t set = 0; set < num_sets; set += SETS) {
     const int64_t count = std::min(SETS, num_sets - set);

@@ -18,18 +18,15 @@ inline __m512i to_bfloat16(Floats low, Floats high) {
 inline Floats low_floats(__m512i x) { return to_floats(_mm512_castsi512_si256(x)); }
 inline Floats high_floats(__m512i x) { return to_floats(_mm512_extracti64x4_epi64(x, 1)); }
 
-// x [size], a multiple of 32, as the sum of `PARTS` bfloat16 rows, `stride` apart.
+// 32 floats as the sum of `PARTS` bfloat16 rows, `stride` apart.
 template <int PARTS>
-inline void split(const float* x, int64_t size, BFloat16* to, int64_t stride) {
-  for (int64_t i = 0; i < size; i += PAIR_DEPTH) {
-    Floats low = load(x + i), high = load(x + i + WIDTH);
+inline void split(Floats low, Floats high, BFloat16* to, int64_t stride) {
 #pragma GCC unroll 3
-    for (int part = 0; part < PARTS; ++part) {
-      const __m512i rounded = to_bfloat16(low, high);
-      _mm512_storeu_si512(to + part * stride + i, rounded);
-      low = _mm512_sub_ps(low, low_floats(rounded));
-      high = _mm512_sub_ps(high, high_floats(rounded));
-    }
+  for (int part = 0; part < PARTS; ++part) {
+    const __m512i rounded = to_bfloat16(low, high);
+    _mm512_storeu_si512(to + part * stride, rounded);
+    low = _mm512_sub_ps(low, low_floats(rounded));
+    high = _mm512_sub_ps(high, high_floats(rounded));
   }
 }
 

@@ -30,13 +30,8 @@ inline void split_gradients(const float* g, int64_t stride, const float* scale, 
       const auto scaled = [&](int64_t at, __mmask16 mask) {
         return _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, g + row * stride + at), _mm512_maskz_loadu_ps(mask, scale + at));
       };
-      Floats low = scaled(k, static_cast<__mmask16>(seen)), high = scaled(k + WIDTH, static_cast<__mmask16>(seen >> 16));
-#pragma GCC unroll 3
-      for (int64_t part = 0; part < GRADIENT_PARTS; ++part) {
-        const __m512i rounded = to_bfloat16(low, high);
-        _mm512_storeu_si512(tile + part * TILE_SIZE, rounded);
-        low = _mm512_sub_ps(low, low_floats(rounded)), high = _mm512_sub_ps(high, high_floats(rounded));
-      }
+      const Floats low = scaled(k, static_cast<__mmask16>(seen));
+      split<GRADIENT_PARTS>(low, scaled(k + WIDTH, static_cast<__mmask16>(seen >> 16)), tile, TILE_SIZE);
     }
   }
 }
