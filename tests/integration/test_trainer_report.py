@@ -111,8 +111,8 @@ def test_the_report_says_what_was_measured(hostile: RunResult) -> None:
         f"{record.trainable.num_trainable:,} ({record.trainable.percentage:.3f} % of {record.trainable.num_total:,})",
         f"{tokens / record.train_seconds:,.0f} tokens/s",
         f"{record.peak_memory_bytes:,} bytes ({record.peak_memory_bytes / 2**20:,.1f} MiB)",
-        f"{record.mfu:.1%} of {record.peak_flops_per_s / 1e12:,.3f} TFLOP/s (1 x a float32 matmul, measured at the "
-        "start), without attention's own products",
+        f"{record.mfu:.1%} of {record.peak_flops_per_s / 1e12:,.3f} TFLOP/s ({record.peak_flops_source}), without "
+        "attention's own products",
         record.data.sha256,
         record.backbone.fingerprint,
         "adapter.rank",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -159,6 +160,23 @@ def test_rslora_patterns_bias_head_and_embedding(tmp_path: Path) -> None:
     tensors = load_file(config.output / "adapter_model.safetensors")
     assert not [name for name in tensors if "lora_" not in name], "the embedding itself must not be saved"
     assert {tensor.shape[0] for name, tensor in tensors.items() if "q_proj.lora_A" in name} == {2}
+
+
+def test_earlier_tasks_are_read_in_every_form_and_with_columns_of_their_own(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    with (tmp_path / "earlier.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["asked", "told"], *([row["prompt"], row["completion"]] for row in rows)])
+    config = configuration(
+        tmp_path,
+        f'evaluate.earlier=["{tmp_path}/earlier.csv"]',
+        'evaluate.earlier_columns={prompt = "asked", completion = "told"}',
+    )
+    result = run_quietly(config)
+    for measured in (result.record.before, result.record.after):
+        assert measured.earlier_loss == pytest.approx(measured.held_out_loss, rel=1e-6)
+    with pytest.raises(ConfigError, match="expected a column for every field of one form"):
+        configuration(tmp_path, 'evaluate.earlier_columns={prompt = "asked"}')
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from polyhead_trainer.loop import StepReport
 from polyhead_trainer.progress import TrainingProgress
-from polyhead_trainer.utilization import Peak, StepFlops, Utilization, count_flops, peak_of
+from polyhead_trainer.utilization import Peak, StepFlops, Utilization, count_flops, multiplied_dtypes, peak_of
 from tiny import TARGETS, reference_model, save_backbone
 
 ROWS, LENGTH, LABELS = 2, 24, 5
@@ -106,11 +106,20 @@ def test_the_share_is_flops_by_seconds_by_peak() -> None:
 
 def test_the_peak_is_measured_where_no_data_sheet_is_known_and_takes_no_random_numbers() -> None:
     state = torch.get_rng_state()
-    peak = peak_of(CPU, torch.float32, num_ranks=2)
+    peak = peak_of(CPU, [torch.float32], num_ranks=2)
     assert torch.equal(state, torch.get_rng_state())
     assert 1e8 < peak.flops_per_s < 1e15
     assert peak.source == "2 x a float32 matmul, measured at the start"
-    assert peak.flops_per_s == 2 * peak_of(CPU, torch.float32, num_ranks=1).flops_per_s
+    assert peak.flops_per_s == 2 * peak_of(CPU, [torch.float32], num_ranks=1).flops_per_s
+
+
+def test_the_peak_is_that_of_the_fastest_type_that_the_run_multiplies_in() -> None:
+    dtypes = multiplied_dtypes(torch.float32, "int8")
+    both = peak_of(CPU, dtypes, num_ranks=1)
+    alone = {dtype: peak_of(CPU, [dtype], num_ranks=1) for dtype in (torch.float32, torch.bfloat16)}
+    assert both == max(alone.values(), key=lambda peak: peak.flops_per_s)
+    assert multiplied_dtypes(torch.float32, "none") == (torch.float32,)
+    assert multiplied_dtypes(torch.bfloat16, "nf4") == (torch.bfloat16,)
 
 
 def test_the_line_has_speed_utilisation_memory_and_the_time_left() -> None:

@@ -183,8 +183,16 @@ def prepare(
         choice_ids=_choice_ids(settings.choices, held_out, tokenizer),
         general_ids=_general_ids(settings.general_text, settings.general_tokens, tokenizer),
         max_new_tokens=settings.max_new_tokens,
-        earlier=load_examples(settings.earlier, tokenizer, max_length).examples if settings.earlier else [],
+        earlier=_earlier_examples(settings, tokenizer, max_length),
     )
+
+
+def _earlier_examples(
+    settings: EvaluateSection, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedExample]:
+    if not settings.earlier:
+        return []
+    return load_examples(settings.earlier, tokenizer, max_length, columns=settings.earlier_columns).examples
 
 
 def _choice_ids(

@@ -31,7 +31,7 @@ from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
 from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking, optional_trackers
 from polyhead_trainer.training_data import open_data
-from polyhead_trainer.utilization import Utilization, count_flops, peak_of
+from polyhead_trainer.utilization import Utilization, count_flops, multiplied_dtypes, peak_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
     dtype = getattr(torch, config.parallel.param_dtype) if config.parallel.param_dtype else backbone.dtype
+    dtypes = multiplied_dtypes(dtype, backbone.quantization)
     flops = count_flops(tuned.model) if config.task != "preference" else None  # each pair meets the backbone as well
     if config.training.packing:
         prepare_packing(tuned.model, data.sample(), padding_id(backbone.tokenizer))
@@ -159,7 +160,7 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
         tuned=tuned,
         loop=TrainingLoop(tuned, task.objective(tuned), data.examples, config.training, parallel),
         evaluator=evaluator,
-        utilization=Utilization(flops=flops, peak=peak_of(parallel.device, dtype, ranks.size)) if flops else None,
+        utilization=Utilization(flops=flops, peak=peak_of(parallel.device, dtypes, ranks.size)) if flops else None,
     )
 
 

@@ -105,17 +105,24 @@ def _head_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def peak_of(device: torch.device, dtype: torch.dtype, num_ranks: int) -> Peak:
-    """bfloat16 on a GPU that the table knows: its data sheet's. Else the best of a few matmuls of `dtype` here and now,
-    with this process's threads: an int8 backbone's own products can be faster."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+def peak_of(device: torch.device, dtypes: Sequence[torch.dtype], num_ranks: int) -> Peak:
+    """Of the fastest of `dtypes`, in which the run multiplies. bfloat16 on a GPU of the table: its data sheet's;
+    else the best of a few matmuls here and now, with this process's threads."""
+    if device.type == "cuda" and torch.bfloat16 in dtypes:
         name = torch.cuda.get_device_name(device)
         for known, flops in DATA_SHEET_FLOPS.items():
             if known in name:
                 return Peak(flops_per_s=flops * num_ranks, source=f"{num_ranks} x {known} in bfloat16, data sheet")
-    flops = _measured(device, dtype, torch.get_num_threads()) * num_ranks
-    name = str(dtype).removeprefix("torch.")
-    return Peak(flops_per_s=flops, source=f"{num_ranks} x a {name} matmul, measured at the start")
+    measured = {dtype: _measured(device, dtype, torch.get_num_threads()) for dtype in dtypes}
+    fastest = max(measured, key=measured.__getitem__)
+    name = str(fastest).removeprefix("torch.")
+    source = f"{num_ranks} x a {name} matmul, measured at the start"
+    return Peak(flops_per_s=measured[fastest] * num_ranks, source=source)
+
+
+def multiplied_dtypes(activations: torch.dtype, quantization: str) -> tuple[torch.dtype, ...]:
+    """Quantised weights meet activations in fewer bits than these have: bfloat16 stands for what a device does then."""
+    return (activations,) if quantization == "none" else tuple({activations, torch.bfloat16})
 
 
 @lru_cache

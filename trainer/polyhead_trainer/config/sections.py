@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from polyhead_trainer.config.adapter import AdapterSettings, LoraSettings
 from polyhead_trainer.config.base import Count, Fraction, Positive, Section
 from polyhead_trainer.data.forms import FIELDS
+
+
+def _of_one_form(columns: dict[str, str]) -> dict[str, str]:
+    if columns and not any(set(columns) == set(fields) for fields in FIELDS):
+        forms = "; ".join(" and ".join(fields) for fields in FIELDS)
+        raise ValueError(f"expected a column for every field of one form: {forms}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_of_one_form)]
+"""From fields of one form to the data's own names for them."""
 
 
 class BackboneSection(Section):
@@ -36,7 +47,7 @@ class DataSection(Section):
     and rejected."""
     held_out: Annotated[list[str], Field(min_length=1)]
     """What to measure on, before and after; entries as in train. No example may be in both."""
-    columns: dict[str, str] = {}
+    columns: Columns = {}
     """Where the data name their columns otherwise: which column holds which field, all fields of the form, such as
     {prompt = "question", completion = "answer"}; columns that are not named are ignored. Unset: a record has the fields
     alone. A record that has exactly the fields' names is taken as it is."""
@@ -56,14 +67,6 @@ class DataSection(Section):
     """Where the data comes from, for the model card."""
     license: str = ""
     """The data's licence, for the model card."""
-
-    @field_validator("columns")
-    @classmethod
-    def _of_one_form(cls, columns: dict[str, str]) -> dict[str, str]:
-        if columns and not any(set(columns) == set(fields) for fields in FIELDS):
-            forms = "; ".join(" and ".join(fields) for fields in FIELDS)
-            raise ValueError(f"expected a column for every field of one form: {forms}")
-        return columns
 
 
 class TrainingSection(Section):
@@ -158,9 +161,12 @@ class EvaluateSection(Section):
     which is fair to a backbone that does not know the form of the answer. Their first tokens must differ."""
     general_text: Path | None = None
     """A text of another kind: its perplexity before and after shows what was forgotten."""
-    earlier: list[Path] = []
-    """Held-out files of tasks that were learned before this one: their loss before and after shows what was
-    forgotten. (The loss before is the backbone's; with adapter.warm_start, that adapter's own run measured its.)"""
+    earlier: list[str] = []
+    """Held-out data of tasks that were learned before this one, entries as in data.train: their loss before and after
+    shows what was forgotten. (The loss before is the backbone's; with adapter.warm_start, that adapter's own run
+    measured its.)"""
+    earlier_columns: Columns = {}
+    """As data.columns, for the data of `earlier`."""
     general_tokens: Positive = 4096
     """How many of its tokens are used."""
     show: Count = 4
