@@ -175,6 +175,7 @@ def adapter_products(rows: int, width: int) -> dict[str, Call]:
         num_pages=torch.full((rows, 1), pages_per_adapter, device="cuda", dtype=torch.int32),
         pages=starts.view(rows, 1, pages_per_adapter, 2),
         bias=torch.full((rows, 1), -1, device="cuda", dtype=torch.int32),
+        acts=torch.ones(rows, 1, dtype=torch.bool),
     )
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
     y = torch.zeros(rows, width, device="cuda", dtype=torch.bfloat16)

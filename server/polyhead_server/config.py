@@ -72,7 +72,9 @@ class ServerConfig:
     metrics_max_adapter_labels: int = 100
     """Adapters with counters of their own; all others share the label `other`."""
     fuse_layers: bool = True
-    """Run decoder layers of the common form as one fused call where the device has one (int8 on the CPU)."""
+    """Run decoder layers of the common form, in int8, as one fused call."""
+    cuda_graphs: bool = True
+    """On CUDA, record decode steps of fused layers as graphs and replay them."""
     num_threads: int = 0
     """Compute threads; 0: as torch chooses."""
     check_integrity: bool = False

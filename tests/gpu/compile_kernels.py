@@ -1,6 +1,6 @@
 """Compiles every kernel for a CUDA processor that is not there: launches only compile, and no kernel runs.
 
-python compile_kernels.py CAPABILITY, without TRITON_INTERPRET; prints the kernels' names.
+python compile_kernels.py CAPABILITY, without TRITON_INTERPRET and with tests/ in PYTHONPATH; prints the kernels' names.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import functools
 import sys
 from typing import Any
 
-import kernel_cases
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+import kernel_cases
+from polyhead_core.kernels.decoder import Activation
 from polyhead_core.kernels.triton import attention, int8_linear, low_rank, quantize, rotary
 
 
@@ -63,7 +64,8 @@ def compile_for(dtype: torch.dtype, layer: Any) -> None:
     rows = quantize.quantize_rows(x, None, layer.outlier_columns)
     int8_linear.int8_product_cublas(rows, layer.weight, layer.SCB, layer.outlier_weight, layer.bias)
     quantize.rms_norm_quantize(x, weight, 1e-5, weight, layer.outlier_columns, keep_x=True)
-    quantize.silu_mul_quantize(x, x, weight, None, keep_x=True)
+    for activation in Activation:
+        quantize.gated_quantize(x, x, activation, weight, None, keep_x=True)
     tables = kernel_cases.random_tables(0, 1024, 256, dtype)
     for by_segment in (False, True):
         low_rank.low_rank_add(torch.zeros(64, 256, dtype=dtype), x, tables, 1, slots, by_segment=by_segment)

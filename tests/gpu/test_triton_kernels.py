@@ -14,6 +14,7 @@ from kernel_cases import (
     DEVICE,
     int8_arguments,
     integer,
+    joined_tables,
     normal,
     random_layer,
     random_pages,
@@ -23,6 +24,7 @@ from kernel_cases import (
 )
 
 from polyhead_core.kernels import reference
+from polyhead_core.kernels.decoder import Activation
 from polyhead_core.kernels.triton import arithmetic, attention, int8_linear, low_rank, quantize, rotary
 
 if DEVICE.type == "cuda":
@@ -131,8 +133,9 @@ def test_norm_and_gate_fused_with_quantisation(width: int, dtype: torch.dtype) -
     normed = quantize.rms_norm_quantize(x, weight, 1e-5, *rest, keep_x=True)
     assert_quantizes(normed, reference.rms_norm(x, weight, 1e-5), rest)
     gate, up = normal(generator, 5, 2 * width, dtype=dtype).chunk(2, dim=1)
-    gated = quantize.silu_mul_quantize(gate, up, *rest, keep_x=True)
-    assert_quantizes(gated, reference.silu_mul(gate, up), rest)
+    for activation in Activation:
+        gated = quantize.gated_quantize(gate, up, activation, *rest, keep_x=True)
+        assert_quantizes(gated, reference.gated(gate, up, activation), rest)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -157,6 +160,43 @@ def test_low_rank_products_equal_the_reference(seed: int, dtype: torch.dtype) ->
         one, alone = slice(row, row + 1), y[row : row + 1].clone()
         low_rank.low_rank_add(alone, x[one], tables, 1, slots[one])
         assert_same_bits(alone[0], by_row[row])
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_parts_of_one_launch_are_the_products_of_their_sites(by_segment: bool) -> None:
+    generator = seeded(5)
+    widths = (150, 40, 130)
+    tables = [random_tables(seed, 70, width, torch.float32) for seed, width in enumerate(widths)]
+    joined = joined_tables(tables)
+    x, y, slots = normal(generator, 5, 70), normal(generator, 5, sum(widths)), random_slots(generator, 5)
+    expected, begin, parts = y.clone(), 0, []
+    for index, width in enumerate(widths):
+        columns = expected[:, begin : begin + width].clone()
+        reference.low_rank_add(columns, x, tables[index], 1, slots)
+        expected[:, begin : begin + width] = columns
+        parts.append(low_rank.SitePart(site=2 * index + 1, begin=begin, width=width))
+        begin += width
+    whole = y.clone()
+    low_rank.low_rank_add_parts(whole, x, joined, parts, slots, by_segment)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
+    some = y.clone()
+    low_rank.low_rank_add_parts(some, x, joined, [parts[0], parts[2]], slots, by_segment)
+    assert_same_bits(some[:, :150], whole[:, :150])
+    assert torch.equal(some[:, 150:190], y[:, 150:190])
+    assert_same_bits(some[:, 190:], whole[:, 190:])
+
+
+def test_products_are_added_to_what_is_there() -> None:
+    generator = seeded(8)
+    layer, x = random_layer(generator, 70, 33), normal(generator, 4, 70)
+    residual = normal(generator, 4, 33)
+    quantized = quantize.quantize_rows(x, layer.input_scale, layer.outlier_columns)
+    arguments = (quantized, layer.weight, layer.SCB, layer.outlier_weight, layer.bias)
+    expected = residual + int8_linear.int8_product(*arguments)
+    for product in (int8_linear.int8_product, int8_linear.int8_product_cublas):
+        got = residual.clone()
+        assert product(*arguments, got) is got
+        assert torch.equal(got, expected)
 
 
 def test_low_rank_products_of_bfloat16_rows_and_a_site_without_pages() -> None:
@@ -227,6 +267,15 @@ def test_rotary_and_the_store_of_keys_and_values(width: int, rotary_width: int, 
     reference.write_kv(reference.rotate(k, angle.cos(), angle.sin()), v, pages[2], pages[3], slots)
     torch.testing.assert_close(pages[0], pages[2], **({} if dtype == torch.float32 else CLOSE[dtype]))
     assert_same_bits(pages[1], pages[3])
+    norms = rotary.HeadNorms(q=normal(generator, width), k=normal(generator, width), eps=1e-5)
+    narrow = rotary.rotary_write_kv(q, k, v, angle.cos(), angle.sin(), pages[0], pages[1], slots, norms, torch.bfloat16)
+    normed = reference.rms_norm(q, norms.q, norms.eps)
+    expected = reference.rotate(normed, angle.cos(), angle.sin())
+    torch.testing.assert_close(narrow.float(), expected, **CLOSE[torch.bfloat16])
+    reference.write_kv(
+        reference.rotate(reference.rms_norm(k, norms.k, norms.eps), angle.cos(), angle.sin()), v, *pages[2:4], slots
+    )
+    torch.testing.assert_close(pages[0], pages[2], **CLOSE[dtype])
     rotary.write_kv(k, v, pages[4], pages[5], slots)
     assert_same_bits(pages[5], pages[3])
     reference.write_kv(k, v, pages[2], pages[3], slots)

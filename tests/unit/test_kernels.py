@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from polyhead_core.int8 import Int8Linear
+import kernel_cases
+from kernel_cases import int8_arguments
 from polyhead_core.kernels import dispatch, reference
 from polyhead_core.kernels.cpu import build
-from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 
 pytestmark = pytest.mark.skipif(build.load() is None, reason="no C++ compiler: only the reference runs")
 
 
-def random_layer(generator: torch.Generator, width: int, out: int) -> Int8Linear:
-    weight = torch.randn(out, width, generator=generator)
-    bias = torch.randn(out, generator=generator) if out % 2 else None
-    scale = torch.rand(width, generator=generator) + 0.5 if width % 2 else None
-    columns = torch.randperm(width, generator=generator)[: width // 8].sort().values if width >= 64 else None
-    return Int8Linear.from_weight(weight, bias, scale, columns)
-
-
-def int8_arguments(layer: Int8Linear) -> tuple[torch.Tensor | None, ...]:
-    return layer.weight, layer.SCB, layer.input_scale, layer.outlier_columns, layer.outlier_weight, layer.bias
+CPU = torch.device("cpu")
+random_layer = partial(kernel_cases.random_layer, device=CPU)
+random_tables = partial(kernel_cases.random_tables, device=CPU)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -195,29 +189,6 @@ def test_a_query_that_is_no_number_spoils_its_own_row_alone(transposed: bool) ->
     others = torch.ones(found.shape[:2], dtype=torch.bool)
     others[3, 4] = False
     assert torch.equal(found[others], expected[others])
-
-
-def random_tables(seed: int, width: int, out: int, dtype: torch.dtype, slots: int = 4) -> AdapterTables:
-    """Slot s has s pages at site 1 (of 2), laid out at random; odd slots have a bias."""
-    generator = torch.Generator().manual_seed(seed)
-    a_units, b_units, bias_units = (-(-n // UNIT) for n in (RANKS_PER_PAGE * width, RANKS_PER_PAGE * out, out))
-    extents = [(s, p, part) for s in range(slots) for p in range(s) for part in (0, 1)]
-    order = torch.randperm(len(extents), generator=generator).tolist()
-    num_pages = torch.zeros(slots, 2, dtype=torch.int32)
-    pages = torch.zeros(slots, 2, slots, 2, dtype=torch.int32)
-    bias = torch.full((slots, 2), -1, dtype=torch.int32)
-    unit = 0
-    for index in order:
-        slot, page, part = extents[index]
-        pages[slot, 1, page, part] = unit
-        unit += (a_units, b_units)[part]
-    for slot in range(slots):
-        num_pages[slot, 1] = slot
-        if slot % 2:
-            bias[slot, 1] = unit
-            unit += bias_units
-    arena = (torch.randn(unit * UNIT, generator=generator) / width**0.5).to(dtype)
-    return AdapterTables(arena=arena, num_pages=num_pages, pages=pages, bias=bias)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyhead_core.kernels import reference
+from polyhead_core.kernels.decoder import DecoderShape, DecoderStack
 from polyhead_core.kernels.tables import AdapterTables
 
 
@@ -162,6 +163,24 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: T
     """See reference.write_kv: an indexed copy on the CPU, one launch on CUDA."""
     write = _triton(k_TGD) or reference
     write.write_kv(k_TGD, v_TGD, k_pages_NGBD, v_pages_NGBD, slot_mapping_T)
+
+
+def decoder_stack(shape: DecoderShape, device: torch.device) -> DecoderStack | None:
+    """Decoder layers as one call; None on a device without kernels for them."""
+    probe = torch.empty(0, device=device)
+    if triton := _triton(probe):
+        stack: DecoderStack = triton.TritonDecoderStack(shape)
+        return stack
+    if _cpu(probe) is None:
+        return None
+    from polyhead_core.kernels.cpu.decoder import CpuDecoderStack
+
+    return CpuDecoderStack(shape)
+
+
+def keys_lie_transposed(device: torch.device) -> bool:
+    """Whether attention reads a block's keys [D, block]: one vector load then takes the same element of several."""
+    return device.type == "cpu"
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, pad, silu
 
+from polyhead_core.kernels.decoder import Activation, DecoderLayer, DecoderShape, DecoderStep, Int8Group
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 
 INT8_MAX = 127.0
@@ -163,6 +164,48 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: T
     v_pages_NGBD[blocks_T, :, offsets_T] = v_TGD.to(v_pages_NGBD.dtype)
 
 
+def decoder_layer(
+    shape: DecoderShape, layer: DecoderLayer, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor, step: DecoderStep
+) -> Tensor:
+    """x + attention(norm(x)), then that + MLP(norm(of it)), in float32, with what the rows' adapters add at each site.
+
+    Writes the rows' keys and values into the layer's pages first.
+    """
+
+    def product(group: Int8Group, x_TI: Tensor, *parts: tuple[int, int]) -> Tensor:
+        """`parts`: site and width of each layer of the group."""
+        columns_K = group.outlier_columns_K
+        outlier_weight_OK = None if columns_K is None else group.weight_OI[:, columns_K]
+        y_TO = int8_linear(
+            x_TI, group.weight_OI, group.absmax_O, group.input_scale_I, columns_K, outlier_weight_OK, group.bias_O
+        )
+        for (site, _), y_part in zip(parts, y_TO.split([width for _, width in parts], dim=1), strict=True):
+            low_rank_add(y_part, x_TI, step.tables, site, step.adapter_slots)
+        return y_TO
+
+    heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_width
+    q_site, k_site, v_site, o_site, gate_site, up_site, down_site = layer.sites
+    q_width, kv_width, inner = heads * width, kv_heads * width, layer.down.weight_OI.shape[1]
+
+    normed_TH = rms_norm(x_TH, layer.input_norm_H, shape.eps)
+    parts = (q_site, q_width), (k_site, kv_width), (v_site, kv_width)
+    qkv_TO = product(layer.qkv, normed_TH, *parts).unflatten(1, (heads + 2 * kv_heads, width))
+    q_THD, k_TGD, v_TGD = qkv_TO.split([heads, kv_heads, kv_heads], dim=1)
+    if layer.q_norm_D.numel():
+        q_THD, k_TGD = rms_norm(q_THD, layer.q_norm_D, shape.eps), rms_norm(k_TGD, layer.k_norm_D, shape.eps)
+    q_THD, k_TGD = rotate(q_THD, cos_TR, sin_TR), rotate(k_TGD, cos_TR, sin_TR)
+    write_kv(k_TGD, v_TGD, layer.key_pages_NGBD, layer.value_pages_NGBD, step.slot_mapping)
+    attended_THD = paged_attention(
+        q_THD, layer.key_pages_NGBD, layer.value_pages_NGBD, step.block_tables, step.sequence, step.positions,
+        layer.scale, layer.sliding_window, layer.softcap,
+    )  # fmt: skip
+    x_TH = x_TH + product(layer.output, attended_THD.flatten(1), (o_site, shape.hidden))
+
+    normed_TH = rms_norm(x_TH, layer.post_norm_H, shape.eps)
+    gate_TI, up_TI = product(layer.gate_up, normed_TH, (gate_site, inner), (up_site, inner)).chunk(2, dim=1)
+    return x_TH + product(layer.down, gated(gate_TI, up_TI, shape.activation), (down_site, shape.hidden))
+
+
 def int8_linear_weight_only(
     x_TI: Tensor,
     weight_OI: Tensor,
@@ -184,10 +227,11 @@ def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     return weight_I.float() * (x_TI * torch.rsqrt(x_TI.square().mean(dim=-1, keepdim=True) + eps))
 
 
-def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    """y = gate / (1 + exp(-gate)) * up, in float32: the inner part of a gated MLP (SwiGLU, Shazeer 2020)."""
+def gated(gate_TI: Tensor, up_TI: Tensor, activation: Activation) -> Tensor:
+    """y = activation(gate) * up, in float32: the inner part of a gated MLP (SwiGLU and GEGLU, Shazeer 2020)."""
     gate_TI = gate_TI.float()
-    return gate_TI * torch.sigmoid(gate_TI) * up_TI.float()
+    activated_TI = silu(gate_TI) if activation == Activation.SILU else gelu(gate_TI, approximate="tanh")
+    return activated_TI * up_TI.float()
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

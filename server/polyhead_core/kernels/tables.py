@@ -24,3 +24,4 @@ class AdapterTables:
     num_pages: Tensor  # [num_slots, num_sites] int32: rank pages of the slot's adapter at the site
     pages: Tensor  # [num_slots, num_sites, max_pages, 2] int32: units where A_p and B_p start
     bias: Tensor  # [num_slots, num_sites] int32: unit where a [out] bias to add starts; -1: none
+    acts: Tensor  # [num_slots, num_sites] bool, on the host: whether the slot has pages or a bias at the site

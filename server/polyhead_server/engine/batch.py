@@ -6,7 +6,7 @@ Shapes: T tokens of all rows in a line, S sequences, M blocks of the longest one
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,14 +43,48 @@ class StepBatch:
     """Sites at which some adapter of this batch acts; all others are skipped."""
     tables: AdapterTables
     kv: KVPool
+    flat: Tensor | None = None
+    """The memory of all tensors, where they lie in one piece."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    def to(self, device: torch.device) -> StepBatch:
+        """The batch on the device; itself where that is the CPU."""
+        return self if device.type == "cpu" else self.in_one_piece(device)
 
-def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool, device: torch.device) -> StepBatch:
-    """Lays `rows` out in a line; their logits come in the same order."""
+    def in_one_piece(self, device: torch.device) -> StepBatch:
+        """A copy on the device whose tensors lie one behind the other: they all come there in one transfer."""
+        flat = torch.empty_like(host := self._bytes(device), device=device)
+        flat.copy_(host, non_blocking=True)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        pieces = flat.split([tensor.nbytes for tensor in tensors.values()])
+        views = {
+            name: piece.view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), piece in zip(tensors.items(), pieces, strict=True)
+        }
+        return replace(self, **views, flat=flat)
+
+    def take_over(self, host: StepBatch) -> None:
+        """Writes the numbers of a batch of the same shapes over those of this one, which lies in one piece."""
+        assert self.flat is not None
+        self.flat.copy_(host._bytes(self.flat.device), non_blocking=True)
+
+    def _bytes(self, device: torch.device) -> Tensor:
+        """Of all tensors, on the host, from where the device can fetch them by itself."""
+        flat = torch.cat([getattr(self, name).reshape(-1).view(torch.uint8) for name in _TENSORS])
+        return flat.pin_memory() if device.type == "cuda" else flat
+
+
+_TENSORS = (
+    "token_ids", "positions", "slot_mapping", "logit_rows",  # of eight bytes each, which the others must not displace
+    "sequence", "block_tables", "adapter_slots", "logit_slots",
+)  # fmt: skip
+
+
+def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool) -> StepBatch:
+    """Lays `rows` out in a line, on the host; their logits come in the same order."""
     block_size = kv.shape.block_size
     tokens: list[int] = []
     positions: list[int] = []
@@ -70,10 +104,10 @@ def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool, d
     block_tables = [[*row.block_ids, *[0] * (width - len(row.block_ids))] for row in rows]
 
     def int32(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return torch.tensor(values, dtype=torch.int32)
 
     def int64(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64)
 
     return StepBatch(
         token_ids=int64(tokens),
@@ -93,10 +127,5 @@ def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool, d
 def _active_sites(slots: set[int], tables: AdapterTables) -> frozenset[int]:
     if not slots:
         return frozenset()
-    if tables.num_pages.device.type == "cpu":  # through numpy, whose small operations cost a tenth of torch's
-        index = sorted(slots)
-        acts_S = ((tables.num_pages.numpy()[index] > 0) | (tables.bias.numpy()[index] >= 0)).any(axis=0)
-        return frozenset(np.flatnonzero(acts_S).tolist())
-    index_N = torch.tensor(sorted(slots), device=tables.num_pages.device)
-    acts = ((tables.num_pages[index_N] > 0) | (tables.bias[index_N] >= 0)).any(dim=0)
-    return frozenset(acts.nonzero().flatten().tolist())
+    # Through numpy, whose small operations cost a tenth of torch's.
+    return frozenset(np.flatnonzero(tables.acts.numpy()[sorted(slots)].any(axis=0)).tolist())

@@ -75,6 +75,7 @@ class Engine:
             kv_cache_bytes=config.kv_cache_bytes,
             kv_dtype=None if config.kv_dtype == "auto" else DTYPES[config.kv_dtype],
             fuse=config.fuse_layers,
+            record=config.cuda_graphs,
         )
         self._eos_token_ids = backbone.eos_token_ids
         self._decoder = backbone.tokenizer.backend_tokenizer

@@ -20,6 +20,7 @@ from polyhead_server.engine.attention import AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.fused_decoder import fuse_decoder, run_tree
 from polyhead_server.engine.site_modules import CurrentStep, attach
+from polyhead_server.engine.step_graphs import CudaRecorder, StepGraphs
 from polyhead_server.kvcache.pool import KVPool, KVShape
 
 
@@ -34,8 +35,10 @@ class Runner:
         kv_cache_bytes: int,
         kv_dtype: torch.dtype | None = None,
         fuse: bool = True,
+        record: bool = True,
     ) -> None:
-        """`kv_dtype` None: bfloat16 with int8 weights, else the backbone's own. `fuse`: see fused_decoder.py."""
+        """`kv_dtype` None: bfloat16 with int8 weights, else the backbone's own. `fuse`: see fused_decoder.py;
+        `record`: see step_graphs.py."""
         self.backbone = backbone
         self._step = CurrentStep()
         self.attention = probe_attention(backbone)
@@ -51,17 +54,29 @@ class Runner:
         for module in backbone.model.modules():
             if isinstance(module, Int8Linear) and not module.weight.is_meta:
                 module.prepack()
+        self.graphs: StepGraphs | None = None
+        if record and backbone.device.type == "cuda" and self.fused is not None and self.fused.direct is not None:
+            self.graphs = StepGraphs(self._logits, CudaRecorder(backbone.device), backbone.device)
 
     @property
     def num_fused_layers(self) -> int:
         return 0 if self.fused is None else self.fused.num_layers
 
     def prepare(self, rows: Sequence[BatchRow], tables: AdapterTables) -> StepBatch:
-        return build_batch(rows, tables, self.kv, self.backbone.device)
+        """The step's batch, on the host."""
+        return build_batch(rows, tables, self.kv)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
-        """Logits [L, vocab] float32 at the batch's logit rows; the KV of all its tokens is in the pages afterwards."""
+        """Logits [L, vocab] float32 at the batch's logit rows; the KV of all its tokens is in the pages afterwards.
+
+        They hold until the next call.
+        """
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self.graphs(batch)
+        return self._logits(batch.to(self.backbone.device))
+
+    def _logits(self, batch: StepBatch) -> Tensor:
         self._step.batch = batch
         try:
             direct = None if self.fused is None else self.fused.direct

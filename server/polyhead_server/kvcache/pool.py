@@ -43,8 +43,7 @@ class KVPool:
             return memory
 
         size = shape.block_size
-        # On the CPU a block's keys lie transposed, so that one vector load takes the same element of several keys.
-        if device.type == "cpu":
+        if dispatch.keys_lie_transposed(device):
             self.keys = [pages(heads, width, size).transpose(2, 3) for heads, width in shape.layers]
         else:
             self.keys = [pages(heads, size, width) for heads, width in shape.layers]

@@ -37,6 +37,7 @@ class AdapterPool:
             num_pages=torch.zeros(shape, dtype=torch.int32, device=device),
             pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
             bias=torch.full(shape, -1, dtype=torch.int32, device=device),
+            acts=torch.zeros(shape, dtype=torch.bool),
         )
         dispatch.advise_huge_pages(self.tables.arena)
         self._stream: torch.cuda.Stream | None = None
@@ -84,12 +85,16 @@ class AdapterPool:
         self.tables.num_pages[slot] = row.num_pages
         self.tables.pages[slot] = row.pages
         self.tables.bias[slot] = row.bias
+        self.tables.acts[slot] = (row.num_pages > 0) | (row.bias >= 0)
 
     def clear_row(self, slot: int) -> None:
         self.tables.num_pages[slot] = 0
         self.tables.bias[slot] = -1
+        self.tables.acts[slot] = False
 
     def rows_in_use(self) -> set[int]:
         """Slots with anything in the tables."""
-        used = self.tables.num_pages.any(dim=1) | (self.tables.bias >= 0).any(dim=1)
+        used = ((self.tables.num_pages > 0) | (self.tables.bias >= 0)).cpu()
+        assert torch.equal(used, self.tables.acts), "the host knows which slots act where"
+        used = used.any(dim=1)
         return set(used.nonzero().flatten().tolist())

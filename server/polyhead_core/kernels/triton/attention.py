@@ -175,9 +175,11 @@ def paged_attention(
     softcap: float = 0.0,
     split: bool | None = None,
     step: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See reference.paged_attention. bfloat16 q and pages: the weights too are rounded to bfloat16 before V.
 
+    out_dtype: the result's type; None: q's.
     split: a program for each segment of keys; step: tokens of a program. Neither changes a result; None: by the shapes.
     """
     (num_tokens, num_heads, head_width), (_, kv_heads, block_size, _) = q_THD.shape, k_pages_NGBD.shape
@@ -195,7 +197,7 @@ def paged_attention(
     num_segments = triton.cdiv(block_tables_SM.shape[1] * block_size, _SEGMENT)
     if split is None:
         split = num_segments > 1 and programs < _FEW_PROGRAMS
-    out_THD = torch.empty(num_tokens, num_heads, head_width, dtype=q_THD.dtype, device=q_THD.device)
+    out_THD = torch.empty(num_tokens, num_heads, head_width, dtype=out_dtype or q_THD.dtype, device=q_THD.device)
     parts = [None] * 3
     if split:
         shape = (num_tokens, num_heads, num_segments)

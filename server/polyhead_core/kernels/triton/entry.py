@@ -6,11 +6,12 @@ from torch import Tensor
 
 from polyhead_core.kernels.triton import tuning
 from polyhead_core.kernels.triton.attention import paged_attention
+from polyhead_core.kernels.triton.decoder import TritonDecoderStack
 from polyhead_core.kernels.triton.low_rank import embedding_add, low_rank_add
 from polyhead_core.kernels.triton.quantize import quantize_rows
-from polyhead_core.kernels.triton.rotary import rotary_write_kv, write_kv
+from polyhead_core.kernels.triton.rotary import write_kv
 
-__all__ = ["embedding_add", "int8_linear", "low_rank_add", "paged_attention", "rotary_write_kv", "write_kv"]
+__all__ = ["TritonDecoderStack", "embedding_add", "int8_linear", "low_rank_add", "paged_attention", "write_kv"]
 
 
 def int8_linear(
@@ -24,5 +25,4 @@ def int8_linear(
 ) -> Tensor:
     """See reference.int8_linear. Whichever product is chosen, the bits are the same."""
     rows = quantize_rows(x_TI, input_scale_I, outlier_columns_K)
-    product = tuning.w8a8_product(rows, weight_OI)
-    return product(rows, weight_OI, absmax_O, outlier_weight_OK, bias_O)
+    return tuning.w8a8_product(rows, weight_OI)(rows, weight_OI, absmax_O, outlier_weight_OK, bias_O)

@@ -57,7 +57,7 @@ def _int8_kernel(
     q_ptr, scale_ptr, high_ptr, high_scale_ptr, low_ptr, low_scale_ptr,
     weight_ptr, absmax_ptr, outlier_weight_ptr, bias_ptr, y_ptr,
     num_rows, width, num_outputs, num_outliers,
-    OUTLIERS: tl.constexpr, BIASED: tl.constexpr,
+    OUTLIERS: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -89,16 +89,18 @@ def _int8_kernel(
         y = y + high.to(tl.float32) * tl.load(high_scale_ptr + rows, mask=has_row, other=0.0)[:, None]
         y = y + low.to(tl.float32) * tl.load(low_scale_ptr + rows, mask=has_row, other=0.0)[:, None]
     y = _scaled(y, absmax_ptr, bias_ptr, outputs, has_output, BIASED)
-    tl.store(
-        y_ptr + rows_wide[:, None] * num_outputs + outputs[None, :], y, mask=has_row[:, None] & has_output[None, :]
-    )
+    at_y = y_ptr + rows_wide[:, None] * num_outputs + outputs[None, :]
+    here = has_row[:, None] & has_output[None, :]
+    if ADD:
+        y = tl.load(at_y, mask=here, other=0.0) + y
+    tl.store(at_y, y, mask=here)
 
 
 @triton.jit
 def _epilogue_kernel(
     sums_ptr, scale_ptr, high_ptr, high_scale_ptr, low_ptr, low_scale_ptr,
     absmax_ptr, bias_ptr, y_ptr, num_outputs,
-    OUTLIERS: tl.constexpr, BIASED: tl.constexpr, BLOCK_O: tl.constexpr,
+    OUTLIERS: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """What _int8_kernel does after its sums, in the same order, for sums that cuBLAS made."""
     outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -113,6 +115,8 @@ def _epilogue_kernel(
     y = y * tl.div_rn(absmax, 127.0)
     if BIASED:
         y = y + tl.load(bias_ptr + outputs, mask=inside, other=0.0)
+    if ADD:
+        y = tl.load(y_ptr + at, mask=inside, other=0.0) + y
     tl.store(y_ptr + at, y, mask=inside)
 
 
@@ -157,7 +161,7 @@ def int8_linear(
 ) -> Tensor:
     """See reference.int8_linear: two launches, rows to int8 and the product."""
     rows = quantize_rows(x_TI, input_scale_I, outlier_columns_K)
-    return int8_product(rows, weight_OI, absmax_O, outlier_weight_OK, bias_O, tile)
+    return int8_product(rows, weight_OI, absmax_O, outlier_weight_OK, bias_O, tile=tile)
 
 
 def int8_product(
@@ -166,19 +170,23 @@ def int8_product(
     absmax_O: Tensor,
     outlier_weight_OK: Tensor | None = None,
     bias_O: Tensor | None = None,
+    out_TO: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """The products and sums of reference.int8_linear, of rows that are quantised already; float32 [T, O]."""
+    """The products and sums of reference.int8_linear, of rows that are quantised already; float32 [T, O].
+
+    `out_TO`: contiguous float32, to which they are added in place.
+    """
     (num_rows, width), num_outputs = rows.q_TI.shape, weight_OI.shape[0]
     assert weight_OI.is_contiguous()
     tile = tile or default_tile(num_rows)
     num_outliers = 0 if rows.high_TK is None else rows.high_TK.shape[1]
-    y_TO = torch.empty(num_rows, num_outputs, device=weight_OI.device)
+    y_TO = _result(out_TO, num_rows, weight_OI)
     _int8_kernel[(triton.cdiv(num_outputs, tile.block_o), triton.cdiv(num_rows, tile.block_t))](
         rows.q_TI, rows.scale_T, rows.high_TK, rows.high_scale_T, rows.low_TK, rows.low_scale_T,
         weight_OI, absmax_O, outlier_weight_OK if num_outliers else None, bias_O, y_TO,
         num_rows, width, num_outputs, num_outliers,
-        OUTLIERS=num_outliers > 0, BIASED=bias_O is not None,
+        OUTLIERS=num_outliers > 0, BIASED=bias_O is not None, ADD=out_TO is not None,
         BLOCK_T=tile.block_t, BLOCK_O=tile.block_o, BLOCK_I=tile.block_i, BLOCK_K=tile_width(num_outliers, 32),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
@@ -191,6 +199,7 @@ def int8_product_cublas(
     absmax_O: Tensor,
     outlier_weight_OK: Tensor | None = None,
     bias_O: Tensor | None = None,
+    out_TO: Tensor | None = None,
 ) -> Tensor:
     """int8_product with torch._int_mm's sums: the same bits, faster where there are many rows."""
     num_rows, num_outputs = rows.q_TI.shape[0], weight_OI.shape[0]
@@ -199,13 +208,23 @@ def int8_product_cublas(
         assert outlier_weight_OK is not None
         high_TO = reference.int8_product(rows.high_TK, outlier_weight_OK).contiguous()
         low_TO = reference.int8_product(rows.low_TK, outlier_weight_OK).contiguous()
-    y_TO = torch.empty(num_rows, num_outputs, device=weight_OI.device)
+    y_TO = _result(out_TO, num_rows, weight_OI)
     _epilogue_kernel[(triton.cdiv(num_outputs, 1024), num_rows)](
         reference.int8_product(rows.q_TI, weight_OI).contiguous(), rows.scale_T,
         high_TO, rows.high_scale_T, low_TO, rows.low_scale_T, absmax_O, bias_O, y_TO, num_outputs,
-        OUTLIERS=high_TO is not None, BIASED=bias_O is not None, BLOCK_O=1024, enable_fp_fusion=False,
+        OUTLIERS=high_TO is not None, BIASED=bias_O is not None, ADD=out_TO is not None, BLOCK_O=1024,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return y_TO
+
+
+def _result(out_TO: Tensor | None, num_rows: int, weight_OI: Tensor) -> Tensor:
+    if out_TO is None:
+        return torch.empty(num_rows, weight_OI.shape[0], device=weight_OI.device)
+    assert out_TO.dtype == torch.float32
+    assert out_TO.is_contiguous()
+    assert out_TO.shape == (num_rows, weight_OI.shape[0])
+    return out_TO
 
 
 def int8_linear_weight_only(

@@ -1,4 +1,4 @@
-"""Rows to int8 in one pass, with what stands before it fused in: an RMSNorm, or a gated MLP's silu(gate) * up.
+"""Rows to int8 in one pass, with what stands before it fused in: an RMSNorm, or a gated MLP's activation(gate) * up.
 
 Shapes: T rows, I width, K outlier columns. A program holds one row; rows never meet.
 """
@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from polyhead_core.kernels.decoder import Activation
 from polyhead_core.kernels.triton.arithmetic import int8_scale, tile_width, to_int8, warps_for
 
-_PLAIN, _NORM, _GATED = 0, 1, 2  # what a row's x is made of
+_PLAIN, _NORM = 0, 1  # what a row's x is made of
+_GATED = {Activation.SILU: 2, Activation.GELU_TANH: 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +36,16 @@ class QuantizedRows:
 
 @triton.jit
 def _load_x(x_ptr, other_ptr, row, stride, columns, inside, factor, SOURCE: tl.constexpr):
-    """x at `columns` of a row in float32: plain, weight * (x * factor), or silu(x) * other."""
+    """x at `columns` of a row in float32: plain, weight * (x * factor), silu(x) * other, or gelu(x) * other."""
     x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == 1:
         x = tl.load(other_ptr + columns, mask=inside, other=0.0).to(tl.float32) * (x * factor)
-    if SOURCE == 2:
+    if SOURCE >= 2:
         up = tl.load(other_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        x = x * tl.div_rn(1.0, 1.0 + tl.exp(-x)) * up
+        argument = x
+        if SOURCE == 3:  # by 1 + tanh(a) = 2 sigmoid(2 a)
+            argument = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        x = x * tl.div_rn(1.0, 1.0 + tl.exp(-argument)) * up
     return x
 
 
@@ -105,17 +110,18 @@ def rms_norm_quantize(
     return _quantize(x_TI, weight_I, _NORM, input_scale_I, outlier_columns_K, eps=eps, keep_x=keep_x)
 
 
-def silu_mul_quantize(
+def gated_quantize(
     gate_TI: Tensor,
     up_TI: Tensor,
+    activation: Activation,
     input_scale_I: Tensor | None = None,
     outlier_columns_K: Tensor | None = None,
     keep_x: bool = False,
 ) -> QuantizedRows:
-    """quantize_rows of reference.silu_mul(gate, up); both may be halves of one product's rows."""
+    """quantize_rows of reference.gated(gate, up, activation); both may be halves of one product's rows."""
     if gate_TI.stride() != up_TI.stride():
         gate_TI, up_TI = gate_TI.contiguous(), up_TI.contiguous()
-    return _quantize(gate_TI, up_TI, _GATED, input_scale_I, outlier_columns_K, keep_x=keep_x)
+    return _quantize(gate_TI, up_TI, _GATED[activation], input_scale_I, outlier_columns_K, keep_x=keep_x)
 
 
 def _quantize(

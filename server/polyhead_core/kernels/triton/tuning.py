@@ -38,7 +38,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _ROUNDS, _CALLS = 5, 10
 _FLUSHED_BYTES = 128 << 20  # more than any device's L2: a layer's weights come from memory, as between two layers
 
-W8A8Product = Callable[[QuantizedRows, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+W8A8Product = Callable[..., Tensor]
+"""As int8_linear.int8_product."""
 
 W8A8_TILES = (
     Tile(block_t=16, block_o=16, block_i=512, num_warps=4, num_stages=3),

@@ -22,20 +22,22 @@ def integer(generator: torch.Generator, least: int, limit: int) -> int:
     return int(torch.randint(least, limit, (1,), generator=generator))
 
 
-def random_layer(generator: torch.Generator, width: int, out: int) -> Int8Linear:
+def random_layer(generator: torch.Generator, width: int, out: int, device: torch.device = DEVICE) -> Int8Linear:
     """With a bias where `out` is odd, smoothing where `width` is odd, outlier columns where it is at least 64."""
     weight = torch.randn(out, width, generator=generator)
     bias = torch.randn(out, generator=generator) if out % 2 else None
     scale = torch.rand(width, generator=generator) + 0.5 if width % 2 else None
     columns = torch.randperm(width, generator=generator)[: width // 8].sort().values if width >= 64 else None
-    return Int8Linear.from_weight(weight, bias, scale, columns).to(DEVICE)
+    return Int8Linear.from_weight(weight, bias, scale, columns).to(device)
 
 
 def int8_arguments(layer: Int8Linear) -> tuple[torch.Tensor | None, ...]:
     return layer.weight, layer.SCB, layer.input_scale, layer.outlier_columns, layer.outlier_weight, layer.bias
 
 
-def random_tables(seed: int, width: int, out: int, dtype: torch.dtype, slots: int = 4) -> AdapterTables:
+def random_tables(
+    seed: int, width: int, out: int, dtype: torch.dtype, slots: int = 4, device: torch.device = DEVICE
+) -> AdapterTables:
     """Slot s has s pages at site 1 (of 2), scattered over the arena; odd slots have a bias."""
     generator = seeded(seed)
     a_units, b_units, bias_units = (-(-size // UNIT) for size in (RANKS_PER_PAGE * width, RANKS_PER_PAGE * out, out))
@@ -53,8 +55,24 @@ def random_tables(seed: int, width: int, out: int, dtype: torch.dtype, slots: in
         if slot % 2:
             bias[slot, 1] = unit
             unit += bias_units
-    arena = normal(generator, unit * UNIT, dtype=dtype) / width**0.5
-    return AdapterTables(arena=arena, num_pages=num_pages.to(DEVICE), pages=pages.to(DEVICE), bias=bias.to(DEVICE))
+    arena = (torch.randn(unit * UNIT, generator=generator) / width**0.5).to(device, dtype)
+    acts = (num_pages > 0) | (bias >= 0)
+    return AdapterTables(
+        arena=arena, num_pages=num_pages.to(device), pages=pages.to(device), bias=bias.to(device), acts=acts
+    )
+
+
+def joined_tables(tables: list[AdapterTables]) -> AdapterTables:
+    """The sites of all of them, one behind the other, in one arena."""
+    starts = [sum(one.arena.numel() for one in tables[:index]) // UNIT for index in range(len(tables))]
+    shifted = [torch.where(one.bias >= 0, one.bias + start, -1) for one, start in zip(tables, starts, strict=True)]
+    return AdapterTables(
+        arena=torch.cat([one.arena for one in tables]),
+        num_pages=torch.cat([one.num_pages for one in tables], dim=1),
+        pages=torch.cat([one.pages + start for one, start in zip(tables, starts, strict=True)], dim=1),
+        bias=torch.cat(shifted, dim=1),
+        acts=torch.cat([one.acts for one in tables], dim=1),
+    )
 
 
 def random_slots(generator: torch.Generator, rows: int) -> torch.Tensor:
