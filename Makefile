@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
+.PHONY: setup demo test lint unit interpreter test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
 BIN := .venv/bin
 
 setup:
@@ -16,8 +16,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup
+unit: setup interpreter
 	$(BIN)/python -m pytest -m "not slow and not gpu and not trainer" -n logical --maxprocesses 4 --dist loadfile
+
+# CUDA builds of torch bring triton; elsewhere its interpreter runs the CUDA kernels in the tests.
+interpreter: setup
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet triton==3.7.1 || \
+		echo 'triton cannot be installed here: the CUDA kernels are not tested' >&2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
