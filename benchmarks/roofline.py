@@ -11,17 +11,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cost_adapters import AdapterWriter, adapter_name
 from cost_report import print_table
-from in_process import InProcessEngine, StepFigures, engine_with, load_adapter
+from decode_steps import (
+    DecodeLoad,
+    Row,
+    add_bandwidth_limit,
+    measure_decode,
+    names_in_turn,
+    products,
+    random_prompts,
+    weight_bytes,
+)
+from in_process import InProcessEngine, engine_with, load_adapter
 from machine import machine_facts, say_if_busy
 from roofline_probe import all_cores, int8_rate, read_bandwidth
 from roofline_profile import StepProfile, profile_decode
@@ -29,10 +35,8 @@ from serving_workload import RANKS
 
 from polyhead_core.backbone import Backbone, resolve_source
 from polyhead_core.paths import default_cache_dir
-from polyhead_core.sites import SiteKind
 from polyhead_server.config import load_config
 
-Row = dict[str, Any]
 _SHOWN_KERNELS = 25
 
 
@@ -51,7 +55,7 @@ def main() -> None:
         with engine_with(Path(folder) / "adapters", **settings) as engine:
             for name in names:
                 load_adapter(engine.store, name)
-            rows = [_measure(engine, count, names, options) for count in options.rows]
+            rows = [measure_decode(engine, count, names, _load(options)) for count in options.rows]
             profiles = [_profile(engine, count, names, options) for count in options.rows] if options.profile else []
             backbone = _backbone_facts(engine.backbone)
     for row in rows:
@@ -109,83 +113,24 @@ def _backbone_facts(backbone: Backbone) -> Row:
         "parameters": backbone.num_parameters,
         "quantization": backbone.quantization,
         "bytes": backbone.num_bytes,
-        "weight_bytes_read_per_step": _weight_bytes(backbone),
-        "products_per_row": _products(backbone),
+        "weight_bytes_read_per_step": weight_bytes(backbone),
+        "products_per_row": products(backbone),
     }
 
 
-def _weight_bytes(backbone: Backbone) -> int:
-    """Of all linear layers, each read once: int8 with a float32 scale an output and an input, or in the float type."""
-    linear = [site for site in backbone.sites if site.kind is SiteKind.LINEAR]
-    if backbone.quantization == "none":
-        return sum(site.in_features * site.out_features for site in linear) * backbone.dtype.itemsize
-    return sum(site.in_features * site.out_features + 4 * (site.in_features + site.out_features) for site in linear)
-
-
-def _products(backbone: Backbone) -> int:
-    """Multiplications with linear layers' weights for one row."""
-    return sum(site.in_features * site.out_features for site in backbone.sites if site.kind is SiteKind.LINEAR)
-
-
-def _prompts(engine: InProcessEngine, rows: int, options: argparse.Namespace, run: int) -> list[list[int]]:
-    """Random tokens by the seed; no two share a prefix, so that every row has KV blocks of its own."""
-    rng = random.Random(f"{options.seed}/{rows}/{run}")
-    return [[rng.randrange(256, engine.backbone.vocab_size) for _ in range(options.context)] for _ in range(rows)]
-
-
-def _names(names: Sequence[str], rows: int) -> list[str | None]:
-    return [names[row % len(names)] if names else None for row in range(rows)]
-
-
-def _measure(engine: InProcessEngine, rows: int, names: Sequence[str], options: argparse.Namespace) -> Row:
-    chosen = _names(names, rows)
-    seen: list[StepFigures] = []
-    repeats: list[float] = []
-    for run in range(options.repeats + 1):
-        before = len(engine.steps)
-        prompts = _prompts(engine, rows, options, run)
-        answers = [
-            engine.submit(prompt, adapter=name, max_tokens=options.steps + 4, ignore_eos=True)
-            for prompt, name in zip(prompts, chosen, strict=True)
-        ]
-        for answer in answers:
-            answer.result()
-        while not engine.steps[before:] or engine.status.num_running:
-            time.sleep(0.01)  # the last step is booked after its answers have gone out
-        full = [step for step in engine.steps[before:] if step.is_pure_decode and step.rows == rows]
-        if not full:
-            raise SystemExit(f"no step decoded {rows} rows together: raise --steps, or max_batch_tokens by --set")
-        if run:  # the first one warms up
-            seen += full
-            repeats.append(statistics.median(step.total_s for step in full))
-    phases = {name: statistics.median(step.phase_s[name] for step in seen) for name in seen[0].phase_s}
-    tokens_in_cache = rows * (options.context + options.steps / 2)
-    devices = {info.name: info.device_bytes for info in engine.store.list()}
-    return {
-        "rows": rows,
-        "distinct_adapters": len(set(chosen) - {None}),
-        "steps": len(seen),
-        "step_s": statistics.median(step.total_s for step in seen),
-        "step_s_by_repeat": repeats,
-        "phase_s": phases,
-        "weight_bytes": _weight_bytes(engine.backbone),
-        "kv_bytes": tokens_in_cache * engine.kv_bytes_per_token,
-        "adapter_bytes": sum(devices[name] for name in set(chosen) if name is not None),
-        "operations": 2 * rows * _products(engine.backbone) if engine.backbone.quantization == "int8" else 0,
-    }
+def _load(options: argparse.Namespace) -> DecodeLoad:
+    return DecodeLoad(context=options.context, steps=options.steps, repeats=options.repeats, seed=options.seed)
 
 
 def _profile(engine: InProcessEngine, rows: int, names: Sequence[str], options: argparse.Namespace) -> StepProfile:
-    prompts = _prompts(engine, rows, options, run=-1)
-    return profile_decode(engine, prompts, _names(names, rows), options.profile_steps)
+    prompts = random_prompts(engine, rows, _load(options), run=-1)
+    return profile_decode(engine, prompts, names_in_turn(names, rows), options.profile_steps)
 
 
 def _add_limits(row: Row, bytes_per_s: float, operations_per_s: float) -> None:
-    row["bandwidth_limit_s"] = (row["weight_bytes"] + row["kv_bytes"] + row["adapter_bytes"]) / bytes_per_s
+    add_bandwidth_limit(row, bytes_per_s)
     row["int8_limit_s"] = row["operations"] / operations_per_s
     row["limit_s"] = max(row["bandwidth_limit_s"], row["int8_limit_s"])
-    row["tokens_per_s"] = row["rows"] / row["step_s"]
-    row["share_of_bandwidth_limit"] = row["bandwidth_limit_s"] / row["step_s"]
     row["share_of_limit"] = row["limit_s"] / row["step_s"]
 
 

@@ -103,19 +103,19 @@ int tile_products(long rounds, int left, int right) {
   std::memset(a, left, sizeof(a)), std::memset(b, right, sizeof(b));
   asm volatile("" : : "r"(&config), "r"(a), "r"(b) : "memory");  // gcc 12's intrinsics do not say what they read
   _tile_loadconfig(&config);
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-  _tile_loadd(4, a, 64), _tile_loadd(5, a, 64), _tile_loadd(6, b, 64), _tile_loadd(7, b, 64);
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  _tile_loadd(4, a, 64); _tile_loadd(5, a, 64); _tile_loadd(6, b, 64); _tile_loadd(7, b, 64);
   for (long round = 0; round < rounds; ++round) {
-    _tile_dpbssd(0, 4, 6), _tile_dpbssd(1, 4, 7), _tile_dpbssd(2, 5, 6), _tile_dpbssd(3, 5, 7);
+    _tile_dpbssd(0, 4, 6); _tile_dpbssd(1, 4, 7); _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7);
   }
   unsigned all = 0;
   const auto add = [&] {
     for (int sum : sums) all += static_cast<unsigned>(sum);
   };
-  _tile_stored(0, sums, 64), add();
-  _tile_stored(1, sums, 64), add();
-  _tile_stored(2, sums, 64), add();
-  _tile_stored(3, sums, 64), add();
+  _tile_stored(0, sums, 64); add();
+  _tile_stored(1, sums, 64); add();
+  _tile_stored(2, sums, 64); add();
+  _tile_stored(3, sums, 64); add();
   _tile_release();
   return static_cast<int>(all);
 }
