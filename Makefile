@@ -41,6 +41,7 @@ bench-serving: setup
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_decode.py
 
 bench-perplexity: setup
 	$(BIN)/python benchmarks/perplexity.py

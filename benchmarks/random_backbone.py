@@ -1,0 +1,117 @@
+"""A backbone of any Llama shape with random int8 weights, made on the device: for speed, where no weights are at hand.
+
+Weights are never zeros: a processor may be quicker over those. Every layer is smoothed and has outlier columns, as
+converted backbones have.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from cost_adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_name
+from peft import LoraConfig
+from safetensors.torch import save_file
+from serving_workload import LORA_B_SCALE, TARGETS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from polyhead_core.backbone import Backbone
+from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
+from polyhead_core.backbone.embedding import CastEmbedding
+from polyhead_core.backbone.load import replace_module
+from polyhead_core.int8 import Int8Linear
+
+SHAPES = {
+    "tiny": LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320,
+        max_position_embeddings=4096,
+    ),
+    "llama-2-7b": LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
+    "llama-2-13b": LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
+}  # fmt: skip
+_WEIGHT_STD = 0.02
+
+
+def random_backbone(shape: str, device: torch.device, dtype: torch.dtype, seed: int) -> Backbone:
+    config = copy.deepcopy(SHAPES[shape])  # the engine writes its attention into it
+    generator = torch.Generator(device).manual_seed(seed)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    model.eval()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            replace_module(model, path, _random_linear(module, generator))
+        elif isinstance(module, nn.Embedding):
+            table = torch.empty(module.weight.shape, device=device, dtype=dtype).normal_(generator=generator)
+            replace_module(model, path, CastEmbedding(table, dtype))
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                ones = torch.ones(parameter.shape, device=device, dtype=dtype)
+                module.register_parameter(name, nn.Parameter(ones, requires_grad=False))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return Backbone(
+        model=model, tokenizer=_tokenizer(config.vocab_size), source=f"random {shape}", directory=Path(),
+        fingerprint=f"random-{shape}-{seed}", quantization="int8", dtype=dtype, device=device,
+    )  # fmt: skip
+
+
+def _random_linear(module: nn.Linear, generator: torch.Generator) -> Int8Linear:
+    width, outputs, device = module.in_features, module.out_features, generator.device
+    weight = torch.randint(-127, 128, (outputs, width), generator=generator, device=device, dtype=torch.int8)
+    absmax = torch.full((outputs,), _WEIGHT_STD * 3**0.5, device=device)  # of a uniform distribution of that deviation
+    scale = torch.rand(width, generator=generator, device=device) + 0.5
+    columns = torch.randperm(width, generator=generator, device=device)[: min(MAX_OUTLIER_COLUMNS, width // 16)]
+    layer = Int8Linear(width, outputs, device="meta")
+    layer.set_int8(weight, absmax, None, scale, columns.sort().values)
+    layer.eval()
+    return layer
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A word for each token, whose text nobody reads."""
+    words = {f"w{number}": number for number in range(vocab_size)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+
+
+def write_random_adapters(
+    folder: Path, backbone: Backbone, count: int, rank: int, targets: Sequence[str] = TARGETS, seed: int = 0
+) -> list[str]:
+    """`count` LoRA adapters in PEFT's format, bfloat16. Their configurations differ, and their weights are one file:
+    the server cannot know, and reads, packs and keeps each for itself."""
+    first = folder / "weights"
+    first.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for site in backbone.sites:
+        if site.path.rpartition(".")[2] not in targets:
+            continue
+        name = f"base_model.model.{site.path}"
+        a = torch.empty(rank, site.in_features).uniform_(-1, 1, generator=generator) * site.in_features**-0.5
+        b = torch.empty(site.out_features, rank).uniform_(-1, 1, generator=generator) * LORA_B_SCALE * rank**-0.5
+        tensors |= {f"{name}.lora_A.weight": a.bfloat16(), f"{name}.lora_B.weight": b.bfloat16()}
+    save_file(tensors, first / WEIGHTS_FILE, metadata={"format": "pt"})
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM").save_pretrained(str(first))
+    config = json.loads((first / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = [adapter_name(number) for number in range(count)]
+    for name in names:
+        (folder / "adapters" / name).mkdir(parents=True)
+        os.link(first / WEIGHTS_FILE, folder / "adapters" / name / WEIGHTS_FILE)
+        (folder / "adapters" / name / CONFIG_FILE).write_text(json.dumps(config | {"revision": name}), encoding="utf-8")
+    return names
