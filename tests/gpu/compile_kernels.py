@@ -14,8 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 import kernel_cases
+from decoder_cases import decoder_case
 from polyhead_core.kernels.decoder import Activation
-from polyhead_core.kernels.triton import attention, int8_linear, low_rank, quantize, rotary
+from polyhead_core.kernels.triton import attention, int8_linear, low_rank, quantize, rotary, tuning
+from polyhead_core.kernels.triton.decoder import TritonDecoderStack
 
 
 class AbsentDevice:
@@ -79,11 +81,22 @@ def compile_for(dtype: torch.dtype, layer: Any) -> None:
     rotary.write_kv(k, k, pages, pages, positions)
 
 
+def compile_layers() -> None:
+    """As the engine runs them on CUDA: pages in bfloat16, with adapters and without, every activation."""
+    tuning.w8a8_product = lambda _rows, _weight: int8_linear.int8_product
+    for seed, adapters in ((0, True), (1, False)):
+        case = decoder_case(
+            seed, torch.device("cpu"), adapters=adapters, head_norms=bool(seed), pages=torch.bfloat16
+        )  # fmt: skip
+        case.by(TritonDecoderStack(case.shape))
+
+
 def main() -> None:
     driver.set_active(AbsentDevice(int(sys.argv[1])))
     compiled: set[str] = set()
     compile_only(compiled)
     compile_all()
+    compile_layers()
     print(*sorted(compiled))
 
 
