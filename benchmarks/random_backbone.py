@@ -21,7 +21,7 @@ from serving_workload import LORA_B_SCALE, TARGETS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
@@ -46,6 +46,13 @@ SHAPES = {
 _WEIGHT_STD = 0.02
 
 
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """As transformers draws it, in floating point."""
+    torch.manual_seed(seed)
+    with device:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[shape]), dtype=dtype).eval()
+
+
 def random_backbone(shape: str, device: torch.device, dtype: torch.dtype, seed: int) -> Backbone:
     config = copy.deepcopy(SHAPES[shape])  # the engine writes its attention into it
     generator = torch.Generator(device).manual_seed(seed)
@@ -66,9 +73,15 @@ def random_backbone(shape: str, device: torch.device, dtype: torch.dtype, seed: 
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
+    return as_backbone(model, shape, "int8")
+
+
+def as_backbone(model: PreTrainedModel, shape: str, quantization: str) -> Backbone:
+    embedding = model.get_input_embeddings().weight
     return Backbone(
-        model=model, tokenizer=_tokenizer(config.vocab_size), source=f"random {shape}", directory=Path(),
-        fingerprint=f"random-{shape}-{seed}", quantization="int8", dtype=dtype, device=device,
+        model=model.requires_grad_(False), tokenizer=word_tokenizer(model.config.vocab_size),
+        source=f"random {shape}", directory=Path(), fingerprint=f"random-{shape}", quantization=quantization,
+        dtype=embedding.dtype, device=embedding.device,
     )  # fmt: skip
 
 
@@ -84,10 +97,11 @@ def _random_linear(module: nn.Linear, generator: torch.Generator) -> Int8Linear:
     return layer
 
 
-def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A word for each token, whose text nobody reads."""
     words = {f"w{number}": number for number in range(vocab_size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+    model = Tokenizer(WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="w0", pad_token="w0", eos_token="w1")
 
 
 def write_random_adapters(

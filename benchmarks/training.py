@@ -3,15 +3,16 @@
 Peers: transformers' Trainer with peft, TRL's SFTTrainer with its packing, and the shape of llama-cookbook's loop. Every
 system learns the same examples of the demo's data once, in the same batches and order (TRL packs them in its own), in a
 process of its own; systems alternate, each repeat with other examples. Held-out loss after that is measured the same
-way for all, in the type that a system trains in. bfloat16 is measured where the processor multiplies it.
+way for all, in the type that a system trains in. bfloat16 is measured where the processor multiplies it. With --shape
+the model has random weights, and learns random tokens: for speed alone.
     python benchmarks/training.py [--steps 24] [--repeats 2] [--systems ...] [--seed 0]      (TRL: the extra `oracles`)
+    python benchmarks/training.py --device cuda --shape llama-2-7b
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import statistics
 import subprocess
@@ -19,14 +20,18 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from machine import machine_facts, say_if_busy, silence_peft
-from training_files import demo_data, write_results
+from training_files import write_results
+
+if TYPE_CHECKING:
+    from torch import nn
+    from training_work import Work
 
 GOAL = 1.3
 OURS = "polyhead"
 WARM_UP_STEPS = 3
-HELD_OUT = 100
 KINDS = ("polyhead", "transformers Trainer", "TRL SFTTrainer packed", "llama-cookbook loop")
 MULTIPLIES_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
 
@@ -35,6 +40,8 @@ MULTIPLIES_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
 class Measured:
     system: str
     tokens_per_s: float
+    mfu: float
+    """Model FLOPs utilisation, as the trainer counts it: a share of the peak in the types that the system uses."""
     peak_bytes: int
     """Of the process; with a GPU, of its memory."""
     loss_before: float
@@ -67,7 +74,7 @@ def main() -> None:
 def _in_own_process(options: argparse.Namespace, system: str, repeat: int) -> Measured:
     command = [sys.executable, __file__, "--worker", system, "--steps", str(options.steps)]
     command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed + repeat)]
-    command += ["--backbone", options.backbone, "--device", options.device]
+    command += ["--backbone", options.backbone, "--device", options.device, "--shape", options.shape]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{system} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -76,62 +83,67 @@ def _in_own_process(options: argparse.Namespace, system: str, repeat: int) -> Me
 
 def measure(options: argparse.Namespace) -> Measured:
     import torch
-    from training_systems import SYSTEMS, Work
-    from transformers import AutoTokenizer
+    from training_systems import SYSTEMS
+    from training_work import demo_work, random_work
 
-    from polyhead_core.backbone import load_backbone, resolve_source
-    from polyhead_core.paths import default_cache_dir
     from polyhead_trainer.config import EvaluateSection
-    from polyhead_trainer.data import load_examples
     from polyhead_trainer.evaluate import prepare as prepare_evaluation
-    from polyhead_trainer.tokens import padding_id
 
     silence_peft()
-    directory = resolve_source(options.backbone, default_cache_dir())
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    data = demo_data()
-    train = load_examples([data / "tweet_sentiment" / "train.jsonl"], tokenizer, 512).examples
-    held_out = load_examples([data / "tweet_sentiment" / "held_out.jsonl"], tokenizer, 512).examples[:HELD_OUT]
-    work = Work(
-        directory=directory,
-        tokenizer=tokenizer,
-        pad_id=padding_id(tokenizer),
-        examples=random.Random(options.seed).sample(train, options.steps * options.batch_size),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=options.device,
-    )
-    evaluator = prepare_evaluation(EvaluateSection(generate_examples=0), held_out, tokenizer, work.pad_id)
+    work, held_out = random_work(options) if options.shape else demo_work(options)
     model, meter = SYSTEMS[options.worker](work)
     peak = (
         torch.cuda.max_memory_allocated()
         if options.device != "cpu"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
+    rate = meter.tokens_per_s(WARM_UP_STEPS)
+    mfu = utilization(options, model, work, rate)
     model.eval()
-    untouched = load_backbone(str(directory), quantization="none", device=options.device).model
+    evaluator = prepare_evaluation(EvaluateSection(generate_examples=0), held_out, work.tokenizer, work.pad_id)
+    loss_after = evaluator.held_out_loss(model)
+    del model
+    dtype = "bfloat16" if options.device != "cpu" else "float32"
     return Measured(
         system=options.worker,
-        tokens_per_s=meter.tokens_per_s(WARM_UP_STEPS),
+        tokens_per_s=rate,
+        mfu=mfu,
         peak_bytes=peak,
-        loss_before=evaluator.held_out_loss(untouched),
-        loss_after=evaluator.held_out_loss(model),
+        loss_before=evaluator.held_out_loss(work.model(dtype)),
+        loss_after=loss_after,
     )
+
+
+def utilization(options: argparse.Namespace, model: nn.Module, work: Work, tokens_per_s: float) -> float:
+    import torch
+
+    from polyhead_trainer.utilization import count_flops, multiplied_dtypes, peak_of
+
+    kind = options.worker.rpartition(" ")[2]
+    own = "float32" if options.device == "cpu" else "bfloat16"
+    dtype, quantization = (own, "int8") if kind == "int8" else (kind, "none")
+    peak = peak_of(torch.device(options.device), multiplied_dtypes(getattr(torch, dtype), quantization), 1)
+    flops = count_flops(model)
+    assert flops is not None
+    labels = sum(sum(one.is_label) for one in work.examples) / sum(map(len, work.examples))
+    return tokens_per_s * (flops.per_token + labels * flops.per_label) / peak.flops_per_s
 
 
 def print_table(found: list[Measured], systems: list[str]) -> None:
     rates = {name: [one.tokens_per_s for one in found if one.system == name] for name in systems}
     peers = {name: statistics.median(values) for name, values in rates.items() if not name.startswith(OURS)}
     best = max(peers.values(), default=None)
-    print(f"\n{'system':<32} {'tokens/s':>9}   {'[min, max]':<16} {'peak MiB':>8} {'loss':>14}   of the best peer")
+    heads = f"{'tokens/s':>9}   {'[min, max]':<16} {'MFU':>6} {'peak MiB':>8} {'loss':>14}"
+    print(f"\n{'system':<32} {heads}   of the best peer")
     for name in systems:
         own = [one for one in found if one.system == name]
         median = statistics.median(rates[name])
         spread = f"[{min(rates[name]):.0f}, {max(rates[name]):.0f}]"
         peak = max(one.peak_bytes for one in own) / (1 << 20)
         losses = f"{own[0].loss_before:.3f} {statistics.median(one.loss_after for one in own):.3f}"
+        mfu = statistics.median(one.mfu for one in own)
         ratio = f"{median / best:.2f} x" if best is not None else ""
-        print(f"{name:<32} {median:>9.0f}   {spread:<16} {peak:>8.0f} {losses:>14}   {ratio}")
+        print(f"{name:<32} {median:>9.0f}   {spread:<16} {mfu:>6.1%} {peak:>8.0f} {losses:>14}   {ratio}")
     if best is not None:
         print(f"\ngoal: {GOAL} x the best peer, at equal loss after equal tokens")
 
@@ -140,6 +152,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", default="", help="random weights of this shape, such as llama-2-7b")
     parser.add_argument("--systems", nargs="+", default=[])
     parser.add_argument(
         "--steps", type=int, default=24, help=f"optimizer steps; the first {WARM_UP_STEPS} are not timed"

@@ -9,23 +9,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from training_work import Work
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from polyhead_core.backbone import load_backbone
 from polyhead_trainer import methods
-from polyhead_trainer.batching import steps
 from polyhead_trainer.config import LoraSettings, TrainingSection
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.loop import StepReport, TrainingLoop
@@ -33,35 +30,6 @@ from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.packing import prepare_packing
 
 RANK, ALPHA, LEARNING_RATE, MAX_GRAD_NORM = 8, 16, 3e-4, 1.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    directory: Path
-    """Of the backbone, as transformers reads it."""
-    tokenizer: Any
-    pad_id: int
-    examples: list[EncodedExample]
-    """All of them are learned once."""
-    batch_size: int
-    seed: int
-    device: str
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.examples) // self.batch_size
-
-    @property
-    def batches(self) -> list[list[EncodedExample]]:
-        """One a step, neighbours in length: Polyhead's own loop makes them, and all but TRL's packing learn them in
-        this order."""
-        return list(steps(self.examples, batch_size=self.batch_size, seed=self.seed, num_steps=self.num_steps))
-
-    @property
-    def targets(self) -> list[str]:
-        """Every linear layer but the LM head, as LoRA's settings name them in all systems."""
-        return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -83,8 +51,8 @@ class Meter:
 Trained = tuple[nn.Module, Meter]
 
 
-def train_polyhead(work: Work, *, quantization: str, dtype: str) -> Trained:
-    backbone = load_backbone(str(work.directory), quantization=quantization, dtype=dtype, device=work.device)
+def train_polyhead(work: Work, *, quantization: str, dtype: str, compiled: bool = False) -> Trained:
+    backbone = work.backbone(quantization, dtype)
     tuned = methods.tune(backbone, LoraSettings(rank=RANK, alpha=ALPHA), work.seed)
     settings = TrainingSection(
         max_steps=work.num_steps,
@@ -94,6 +62,7 @@ def train_polyhead(work: Work, *, quantization: str, dtype: str) -> Trained:
         warmup=0.0,
         max_grad_norm=MAX_GRAD_NORM,
         packing=True,
+        compile=compiled,
         seed=work.seed,
     )
     prepare_packing(tuned.model, work.examples, work.pad_id)
@@ -168,8 +137,8 @@ def train_cookbook(work: Work, *, dtype: str) -> Trained:
 
 
 def _peft_model(work: Work, dtype: str) -> nn.Module:
+    model = work.model(dtype)
     torch.manual_seed(work.seed)
-    model = AutoModelForCausalLM.from_pretrained(work.directory, dtype=DTYPES[dtype]).to(work.device)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=work.targets)
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
@@ -225,8 +194,13 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
 
 SYSTEMS: dict[str, Callable[[Work], Trained]] = {
     "polyhead int8": lambda work: train_polyhead(work, quantization="int8", dtype="auto"),
+    "polyhead compiled int8": lambda work: train_polyhead(work, quantization="int8", dtype="auto", compiled=True),
     "polyhead float32": lambda work: train_polyhead(work, quantization="none", dtype="float32"),
+    "polyhead compiled float32": lambda work: train_polyhead(work, quantization="none", dtype="float32", compiled=True),
     "polyhead bfloat16": lambda work: train_polyhead(work, quantization="none", dtype="bfloat16"),
+    "polyhead compiled bfloat16": lambda work: train_polyhead(
+        work, quantization="none", dtype="bfloat16", compiled=True
+    ),
     "transformers Trainer float32": lambda work: train_transformers(work, dtype="float32"),
     "transformers Trainer bfloat16": lambda work: train_transformers(work, dtype="bfloat16"),
     "TRL SFTTrainer packed float32": lambda work: train_trl(work, dtype="float32"),

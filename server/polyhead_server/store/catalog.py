@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 SETTLE_S = 2.0
 """A file younger than this when it was read is hashed once more: a second write may have left equal time stamps."""
 
+SCAN_SHARE = 0.01
+"""Of the time, at most, for looking whether files have changed: it is taken from the engine."""
+
 Signature = tuple[tuple[int, ...] | None, ...]
 
 
@@ -69,9 +72,11 @@ class Catalog:
         self._scanning = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._scan_s = 0.0
+        """How long the last look at all files took, without reading any."""
 
     def start(self, interval_s: float) -> None:
-        """Scans once, then every `interval_s` in a thread of its own."""
+        """Scans once, then every `interval_s`, or less often where that would take more than SCAN_SHARE of the time."""
         self.refresh()
         self._thread = threading.Thread(target=self._poll, args=(interval_s,), name="adapter-scan", daemon=True)
         self._thread.start()
@@ -85,11 +90,13 @@ class Catalog:
         """Looks at the whole folder now. Blocks; at most one scan runs at a time."""
         with self._scanning:
             before = dict(self.entries)
-            found = dict(self._folders())
+            began_s = time.monotonic()
+            found = dict(self._folders(before))
+            self._scan_s = time.monotonic() - began_s
             for name in before.keys() - found.keys():
                 self._replace(name, None)
-            for name, path in found.items():
-                entry = self._look(name, path, before.get(name))
+            for name, signature in found.items():
+                entry = self._look(name, signature, before.get(name))
                 if entry is not before.get(name):
                     # One by one: a large adapter does not hold back the small ones.
                     self._replace(name, entry)
@@ -105,7 +112,7 @@ class Catalog:
             assert (entry.facts is None) != (entry.error is None), "an adapter is either accepted or refused"
 
     def _poll(self, interval_s: float) -> None:
-        while not self._stopping.wait(interval_s):
+        while not self._stopping.wait(max(interval_s, self._scan_s / SCAN_SHARE)):
             try:
                 self.refresh()
             except Exception:
@@ -117,7 +124,9 @@ class Catalog:
         self.entries = entries if entry is None else {**entries, name: entry}
         self._on_change(name, entry)
 
-    def _folders(self) -> Iterator[tuple[str, Path]]:
+    def _folders(self, known: Mapping[str, CatalogEntry]) -> Iterator[tuple[str, Signature]]:
+        """What the folder holds, by names that can be used. With a thousand adapters this is what a scan costs, each
+        second and beside the engine: two calls of the system for each, and no Path."""
         if self.folder is None:
             return
         try:
@@ -125,21 +134,26 @@ class Catalog:
         except FileNotFoundError:
             return
         for name in names:
-            path = self.folder / name
-            if not name.startswith(".") and os.path.lexists(path / CONFIG_FILE):
+            if name.startswith("."):
+                continue
+            signature = _signature(os.path.join(self.folder, name))
+            if signature is None:
+                continue
+            if name not in known:
                 try:
                     check_adapter_name(name)
                 except InvalidRequest as error:
                     logger.warning("a folder is left out: %s", error.message)
                     continue
-                yield name, path
+            yield name, signature
 
-    def _look(self, name: str, path: Path, known: CatalogEntry | None) -> CatalogEntry:
-        signature = _signature(path)
+    def _look(self, name: str, signature: Signature, known: CatalogEntry | None) -> CatalogEntry:
         if known is not None and known.signature == signature and not self._has_changed_unseen(known):
             due = known.recheck_at_s is not None and time.monotonic() >= known.recheck_at_s
             return _settled(known) if due else known
         # The signature is older than what is read next: a change in between shows as a new signature at the next scan.
+        assert self.folder is not None
+        path = self.folder / name
         facts, error = self._read(name, path)
         return CatalogEntry(
             name=name,
@@ -179,17 +193,19 @@ def _settled(entry: CatalogEntry) -> CatalogEntry:
     return CatalogEntry(**{**vars(entry), "recheck_at_s": None})
 
 
-def _signature(path: Path) -> Signature:
-    return tuple(_stat(path / name) for name in ("", CONFIG_FILE, WEIGHTS_FILE))
+def _signature(path: str) -> Signature | None:
+    """Changes with either of an adapter's two files; None: it has no configuration, and is no adapter."""
+    config = _stat(f"{path}/{CONFIG_FILE}")
+    if config is None and not os.path.lexists(f"{path}/{CONFIG_FILE}"):
+        return None
+    return (config, _stat(f"{path}/{WEIGHTS_FILE}"))
 
 
-def _stat(path: Path) -> tuple[int, ...] | None:
+def _stat(path: str) -> tuple[int, ...] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
-    if path.is_dir():  # of a folder only its identity: a README beside the two files is no change
-        return (status.st_dev, status.st_ino)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
