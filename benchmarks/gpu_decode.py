@@ -136,6 +136,7 @@ def steps(options: argparse.Namespace, device: torch.device, report: Row) -> lis
         pool = _adapter_bytes(options, backbone, most + 1, options.rank)
         settings = _engine_settings(options, adapter_pool_bytes=pool, host_cache_bytes=2 * pool)
         with engine_with(Path(folder) / "adapters", loaded=backbone, **settings) as engine:
+            print(f"{engine.engine.num_fused_layers} of {backbone.model.config.num_hidden_layers} layers fused")
             for name in names:
                 load_adapter(engine.store, name)
             for rows in options.rows:

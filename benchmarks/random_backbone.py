@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from serving_workload import LORA_B_SCALE, TARGETS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from polyhead_core.backbone import Backbone
@@ -60,9 +60,14 @@ def random_backbone(shape: str, device: torch.device, dtype: torch.dtype, seed: 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.eval()
+    inputs: dict[str, tuple[Tensor, Tensor]] = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            replace_module(model, path, _random_linear(module, generator))
+            # As after a calibration, layers with the same input quantise it in the same way.
+            reader = path if path.endswith(("o_proj", "down_proj")) else path.rpartition(".")[0] or path
+            if reader not in inputs:
+                inputs[reader] = _random_quantisation(module.in_features, generator)
+            replace_module(model, path, _random_linear(module, *inputs[reader], generator))
         elif isinstance(module, nn.Embedding):
             table = torch.empty(module.weight.shape, device=device, dtype=dtype).normal_(generator=generator)
             replace_module(model, path, CastEmbedding(table, dtype))
@@ -85,14 +90,21 @@ def as_backbone(model: PreTrainedModel, shape: str, quantization: str) -> Backbo
     )  # fmt: skip
 
 
-def _random_linear(module: nn.Linear, generator: torch.Generator) -> Int8Linear:
+def _random_quantisation(width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Smoothing scale and outlier columns."""
+    scale = torch.rand(width, generator=generator, device=generator.device) + 0.5
+    columns = torch.randperm(width, generator=generator, device=generator.device)
+    return scale, columns[: min(MAX_OUTLIER_COLUMNS, width // 16)].sort().values
+
+
+def _random_linear(
+    module: nn.Linear, input_scale: Tensor, outlier_columns: Tensor, generator: torch.Generator
+) -> Int8Linear:
     width, outputs, device = module.in_features, module.out_features, generator.device
     weight = torch.randint(-127, 128, (outputs, width), generator=generator, device=device, dtype=torch.int8)
     absmax = torch.full((outputs,), _WEIGHT_STD * 3**0.5, device=device)  # of a uniform distribution of that deviation
-    scale = torch.rand(width, generator=generator, device=device) + 0.5
-    columns = torch.randperm(width, generator=generator, device=device)[: min(MAX_OUTLIER_COLUMNS, width // 16)]
     layer = Int8Linear(width, outputs, device="meta")
-    layer.set_int8(weight, absmax, None, scale, columns.sort().values)
+    layer.set_int8(weight, absmax, None, input_scale, outlier_columns)
     layer.eval()
     return layer
 

@@ -26,3 +26,4 @@ def test_all_parts_run_with_random_weights(tmp_path: Path) -> None:
     assert report["zipf"]["ratio"] > 0
     assert report["peer"]["step_s"] > 0
     assert "3 adapters" in done.stdout
+    assert "2 of 2 layers fused" in done.stdout

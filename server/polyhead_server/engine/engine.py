@@ -101,6 +101,10 @@ class Engine:
     # --- the door, for any thread ---
 
     @property
+    def num_fused_layers(self) -> int:
+        return self._runner.num_fused_layers
+
+    @property
     def kv_cache_bytes(self) -> int:
         return self._runner.kv.num_bytes
 
