@@ -50,6 +50,8 @@ class ResidencyTable:
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         """Least recently used first."""
         self._user_pinned: frozenset[str] = frozenset()
+        self._unseen: dict[str, Resident] = {}
+        """Finished and not yet visible: what a step has to look at, however many residents there are."""
 
     def __len__(self) -> int:
         return len(self._residents)
@@ -86,11 +88,13 @@ class ResidencyTable:
         resident = self._residents[content_hash]
         assert resident.state is Residency.LOADING
         resident.state = Residency.DEVICE
+        self._unseen[content_hash] = resident
         self._residents.move_to_end(content_hash)
 
     def publish(self, now_s: float) -> list[Resident]:
         """Makes finished residents visible; returns those that were not before."""
-        new = [r for r in self if r.state is Residency.DEVICE and not r.visible]
+        new = list(self._unseen.values())
+        self._unseen.clear()
         for resident in new:
             resident.visible = True
             resident.protected_until_s = now_s + PROTECTION_S
@@ -127,6 +131,7 @@ class ResidencyTable:
         """Frees the slot. Eviction, an unload, or a load that failed; the caller frees the extents."""
         resident = self._residents.pop(content_hash)
         assert resident.request_pins == 0, "dropped while a request needs it"
+        self._unseen.pop(content_hash, None)
         self._free_slots.append(resident.slot)
         return resident
 
@@ -139,3 +144,6 @@ class ResidencyTable:
             assert resident.state in (Residency.LOADING, Residency.DEVICE)
             assert not resident.visible or resident.state is Residency.DEVICE
             assert resident.visible or resident.request_pins == 0
+            unseen = resident.state is Residency.DEVICE and not resident.visible
+            assert unseen == (content_hash in self._unseen)
+        assert self._unseen.keys() <= self._residents.keys()
