@@ -183,11 +183,14 @@ def keys_lie_transposed(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def advise_huge_pages(tensor: Tensor) -> None:
-    """Asks the system for huge pages under a large tensor that is not yet written to; does nothing elsewhere."""
-    kernels = _cpu(tensor)
+def zeros_for_long(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [num_elements] that stay for the process's life, on huge pages where the device's kernels ask for them:
+    what is read at random takes a miss of the TLB for each small page. torch.zeros writes before anyone could ask."""
+    memory = torch.empty(num_elements, dtype=dtype, device=device)
+    kernels = _cpu(memory)
     if kernels is not None:
-        kernels.advise_huge_pages(tensor)
+        kernels.advise_huge_pages(memory)
+    return memory.zero_()
 
 
 def is_accelerated(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,12 @@ class KVPool:
                 f"{shape.bytes_per_block} bytes"
             )
 
+        memory = dispatch.zeros_for_long(self.num_bytes // shape.dtype.itemsize, shape.dtype, device)
+        of_layers = [self.num_blocks * heads * shape.block_size * width for heads, width in shape.layers]
+        pieces: Iterator[Tensor] = iter(memory.split(of_layers * 2))
+
         def pages(heads: int, *block: int) -> Tensor:
-            memory = torch.zeros(self.num_blocks, heads, *block, dtype=shape.dtype, device=device)
-            dispatch.advise_huge_pages(memory)
-            return memory
+            return next(pieces).view(self.num_blocks, heads, *block)
 
         size = shape.block_size
         if dispatch.keys_lie_transposed(device):

@@ -33,13 +33,12 @@ class AdapterPool:
         shape = (num_slots, len(sites))
         # Zeros, and not empty: memory that was never written must not hold a NaN that 0 * NaN would spread.
         self.tables = AdapterTables(
-            arena=torch.zeros(num_units * UNIT, dtype=dtype, device=device),
+            arena=dispatch.zeros_for_long(num_units * UNIT, dtype, device),
             num_pages=torch.zeros(shape, dtype=torch.int32, device=device),
             pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
             bias=torch.full(shape, -1, dtype=torch.int32, device=device),
             acts=torch.zeros(shape, dtype=torch.bool),
         )
-        dispatch.advise_huge_pages(self.tables.arena)
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
