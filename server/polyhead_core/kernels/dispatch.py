@@ -191,9 +191,3 @@ def zeros_for_long(num_elements: int, dtype: torch.dtype, device: torch.device) 
     if kernels is not None:
         kernels.advise_huge_pages(memory)
     return memory.zero_()
-
-
-def is_accelerated(device: torch.device) -> bool:
-    """Whether this device has kernels of its own."""
-    probe = torch.empty(0, device=device)
-    return (_cpu(probe) or _triton(probe)) is not None
