@@ -80,6 +80,17 @@ def test_a_recording_with_adapters_looks_wherever_one_has_acted(engine: LocalEng
         assert recorder.recorded == recorded, name
 
 
+def test_sizes_are_recorded_before_the_first_request(engine: LocalEngine) -> None:
+    runner: Runner = engine.engine._runner
+    recorder = ComputesAgain()
+    runner.graphs = StepGraphs(runner._logits, recorder, CPU)
+    runner.warm_up(9, engine.store.tables)
+    assert recorder.recorded == len([1, 2, 4, 8, 16])
+    asked = [engine.submit([7, 8, 9 + row], max_tokens=4) for row in range(7)]
+    assert all(answer.tokens() for answer in asked)
+    assert recorder.recorded == 5
+
+
 def test_prefill_large_steps_and_scores_are_not_recorded(engine: LocalEngine) -> None:
     runner: Runner = engine.engine._runner
     recorder = ComputesAgain()

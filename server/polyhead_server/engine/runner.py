@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from polyhead_server.engine.attention import AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.fused_decoder import fuse_decoder, run_tree
 from polyhead_server.engine.site_modules import CurrentStep, attach
-from polyhead_server.engine.step_graphs import CudaRecorder, StepGraphs
+from polyhead_server.engine.step_graphs import SIZES, CudaRecorder, StepGraphs
 from polyhead_server.kvcache.pool import KVPool, KVShape
 
 
@@ -65,6 +66,19 @@ class Runner:
     def prepare(self, rows: Sequence[BatchRow], tables: AdapterTables) -> StepBatch:
         """The step's batch, on the host."""
         return build_batch(rows, tables, self.kv)
+
+    def warm_up(self, max_rows: int, tables: AdapterTables) -> None:
+        """Records decode steps of up to `max_rows` rows before a request has to wait for it; for an engine at rest.
+
+        On the way kernels are compiled and products measured, which takes minutes the first time on a machine.
+        """
+        if self.graphs is None:
+            return
+        sizes = SIZES[: bisect.bisect_left(SIZES, max_rows) + 1]
+        for size in reversed(sizes):  # the largest first: smaller ones fit into the memory that it leaves
+            blocks = [(row % self.kv.num_blocks,) for row in range(size)]
+            rows = [BatchRow(token_ids=[0], start=0, block_ids=block, slot=-1) for block in blocks]
+            self.forward(self.prepare(rows, tables))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
