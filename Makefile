@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit interpreter test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu proto clean
+.PHONY: setup demo test lint unit interpreter test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu bench-gpu-training proto clean
 BIN := .venv/bin
 
 setup:
@@ -42,6 +42,10 @@ bench-serving: setup
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu_kernels.py
 	$(BIN)/python benchmarks/gpu_decode.py
+
+bench-gpu-training: setup
+	$(BIN)/python benchmarks/training.py --device cuda --shape llama-2-7b --steps 12 --out results/gpu_training.json --systems \
+		"polyhead int8" "polyhead bfloat16" "transformers Trainer bfloat16" "llama-cookbook loop bfloat16"
 
 bench-perplexity: setup
 	$(BIN)/python benchmarks/perplexity.py
