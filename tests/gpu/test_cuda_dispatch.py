@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kernel_cases import (
     DEVICE,
     int8_arguments,
@@ -21,7 +22,6 @@ from kernel_cases import (
     random_tables,
     seeded,
 )
-
 from polyhead_core.kernels import cuda, dispatch, reference
 
 if DEVICE.type == "cuda":

@@ -22,7 +22,6 @@ from kernel_cases import (
     random_tables,
     seeded,
 )
-
 from polyhead_core.kernels import reference
 from polyhead_core.kernels.decoder import Activation
 from polyhead_core.kernels.triton import arithmetic, attention, int8_linear, low_rank, quantize, rotary

@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (pip install triton): its kernels are not tested")
 
 from kernel_cases import DEVICE
-
 from polyhead_core.kernels.triton import tuning
 
 if DEVICE.type == "cuda":
