@@ -58,3 +58,33 @@ def test_greedy_tokens_equal_the_cpu(quantization: str, tmp_path: Path) -> None:
         logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
     assert (score - expected).abs().max() < (1e-3 if quantization == "none" else 1.0)
+
+
+def test_recorded_decode_steps_give_the_same_tokens(tmp_path: Path) -> None:
+    """Rows come and go, adapters are loaded meanwhile, and every size is recorded or replayed."""
+    directory = save_backbone("llama", tmp_path / "backbone")
+    for number in range(4):
+        targets = TARGETS["llama"] if number % 2 else ["q_proj", "v_proj"]
+        save_adapter(
+            directory, tmp_path / "adapters" / f"a{number}", seed=number, r=4 + 4 * number, target_modules=targets
+        )
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 280, (length,), generator=generator).tolist() for length in (3, 40, 17, 9, 120, 5, 8)]
+    names = [None, "a0", "a1", None, "a2", "a3", "a1"]
+    found = []
+    for graphs in (False, True):
+        config = ServerConfig(
+            adapters=str(tmp_path / "adapters"), device="cuda", kv_cache_bytes=16 << 20, adapter_pool_bytes=16 << 20,
+            cuda_graphs=graphs, max_batch_rows=8,
+        )  # fmt: skip
+        engine = LocalEngine(load_backbone(str(directory), device="cuda", cache_dir=tmp_path / "cache"), config)
+        try:
+            assert engine.engine.num_fused_layers == 3
+            asked = [
+                engine.submit(ids, name, max_tokens=10 + 7 * row, ignore_eos=True)
+                for row, (ids, name) in enumerate(zip(prompts, names, strict=True))
+            ]
+            found.append([answer.tokens() for answer in asked])
+        finally:
+            engine.close()
+    assert found[0] == found[1]
