@@ -109,8 +109,8 @@ class TrainingSection(Section):
     activation_checkpointing_every: Positive = 1
     """Only every k-th layer is checkpointed."""
     compile: bool = False
-    """torch.compile on each transformer layer: the first steps take a minute or two longer, the others less time.
-    Results differ by rounding."""
+    """torch.compile on each transformer layer: the first steps take a minute or two longer, the others can take less
+    time, with weights in floating point. Results differ by rounding."""
     logit_chunk: Count = 2**25
     """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
     0: never in chunks."""
