@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,17 @@ class AdapterWriter:
         save_file(self._draw(rank, number), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def _draw(self, rank: int, number: int) -> dict[str, Tensor]:
-        """A and B as peft draws them: uniform in 1 / sqrt(fan in); B smaller, so that no model turns chaotic."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        tensors = {}
-        for name, shape in self._shapes[rank].items():
-            bound = shape[1] ** -0.5 * (LORA_B_SCALE if ".lora_B." in name else 1.0)
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            tensors[name] = values.to(torch.bfloat16)
-        return tensors
+        return draw_lora(self._shapes[rank], self._seed * 1_000_003 + number)
+
+
+def draw_lora(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """A and B as peft draws them: uniform in 1 / sqrt(fan in); B smaller, so that no model turns chaotic."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        bound = shape[1] ** -0.5 * (LORA_B_SCALE if ".lora_B." in name else 1.0)
+        tensors[name] = torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator).to(torch.bfloat16)
+    return tensors
 
 
 def _shapes(folder: Path) -> dict[str, torch.Size]:

@@ -16,31 +16,32 @@ import importlib.util
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost_bytes import adapter_bytes
 from cost_load import mixed
 from cost_report import print_table
-from decode_steps import DecodeLoad, add_bandwidth_limit, measure_decode
+from decode_steps import DecodeLoad, Row, add_bandwidth_limit, measure_decode
+from gpu_kernels import require_device
 from in_process import InProcessEngine, engine_with, load_adapter
 from machine import machine_facts
 from random_backbone import SHAPES, random_backbone, write_random_adapters
-from serving_workload import draw_asks
+from serving_workload import TARGETS, draw_asks
 
-Row = dict[str, Any]
 PARTS = ("steps", "cold", "zipf", "peer")
 COLD_ROUNDS = 12
+ZIPF_TARGETS = ("q_proj", "v_proj")
 
 
 def main() -> None:
     options = _options()
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"gpu_decode.py needs a CUDA device; torch {torch.__version__} finds none")
+    if device.type == "cuda":
+        require_device()
     report: Row = {"machine": machine_facts() | {"device": _device_name(device)}, "options": _shown(options)}
     report["bytes_per_s"] = read_bandwidth(device, options.array_gib)
     print(f"{_device_name(device)}: {report['bytes_per_s'] / 1e9:,.0f} GB/s read")
@@ -121,10 +122,9 @@ def _backbone(options: argparse.Namespace, device: torch.device) -> Any:
     return random_backbone(options.shape, device, dtype, options.seed)
 
 
-def _adapter_bytes(options: argparse.Namespace, backbone: Any, count: int, rank: int) -> int:
-    """Room for `count` adapters of that rank on all linear layers."""
-    widths = sum(site.in_features + site.out_features + 128 for site in backbone.sites)
-    return count * 2 * (rank + 8) * widths
+def _room_for(count: int, per_adapter: int) -> int:
+    """Bytes of a pool: its slabs waste up to a sixteenth, and of each size of extents the last one is not full."""
+    return count * per_adapter * 17 // 16 + (8 << 20)
 
 
 def steps(options: argparse.Namespace, device: torch.device, report: Row) -> list[Row]:
@@ -133,7 +133,7 @@ def steps(options: argparse.Namespace, device: torch.device, report: Row) -> lis
     found = []
     with tempfile.TemporaryDirectory(prefix="polyhead-gpu-") as folder:
         names = write_random_adapters(Path(folder), backbone, most, options.rank, seed=options.seed)
-        pool = _adapter_bytes(options, backbone, most + 1, options.rank)
+        pool = _room_for(most, adapter_bytes(backbone.model, options.rank, TARGETS))
         settings = _engine_settings(options, adapter_pool_bytes=pool, host_cache_bytes=2 * pool)
         with engine_with(Path(folder) / "adapters", loaded=backbone, **settings) as engine:
             print(f"{engine.engine.num_fused_layers} of {backbone.model.config.num_hidden_layers} layers fused")
@@ -146,11 +146,10 @@ def steps(options: argparse.Namespace, device: torch.device, report: Row) -> lis
                     found.append(row)
     lines = [("rows", "adapters", "tok/s", "step ms", "forward ms", "limit ms", "of the limit")]
     for row in found:
-        times = (f"{row[name] * 1000:.2f}" for name in ("step_s", "bandwidth_limit_s"))
-        step, limit = times
-        share, forward = f"{row['share_of_bandwidth_limit']:.0%}", f"{row['phase_s']['forward'] * 1000:.2f}"
+        seconds = (row["step_s"], row["phase_s"]["forward"], row["bandwidth_limit_s"])
         cells = (str(row["rows"]), str(row["distinct_adapters"]), f"{row['tokens_per_s']:,.0f}")
-        lines.append((*cells, step, forward, limit, share))
+        times = (f"{one * 1000:.2f}" for one in seconds)
+        lines.append((*cells, *times, f"{row['share_of_bandwidth_limit']:.0%}"))
     print_table(lines)
     return found
 
@@ -160,7 +159,8 @@ def cold(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
     backbone, count = _backbone(options, device), 8
     with tempfile.TemporaryDirectory(prefix="polyhead-gpu-") as folder:
         names = write_random_adapters(Path(folder), backbone, count, options.rank, seed=options.seed)
-        pool = _adapter_bytes(options, backbone, count // 2, options.rank)
+        per_adapter = adapter_bytes(backbone.model, options.rank, TARGETS)
+        pool = count // 2 * per_adapter
         settings = _engine_settings(options, adapter_pool_bytes=pool, host_cache_bytes=4 * pool)
         with engine_with(Path(folder) / "adapters", loaded=backbone, **settings) as engine:
             for name in names:
@@ -172,7 +172,7 @@ def cold(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
                 if turn:
                     cold_s.append(first)
                     warm_s.append(again)
-    result = {"cold_s": cold_s, "warm_s": warm_s, "adapter_bytes": pool // (count // 2)}
+    result = {"cold_s": cold_s, "warm_s": warm_s, "adapter_bytes": per_adapter}
     difference = statistics.median(c - w for c, w in zip(cold_s, warm_s, strict=True))
     result["median_difference_s"] = difference
     print(
@@ -195,18 +195,12 @@ def _first_token_s(engine: InProcessEngine, name: str, options: argparse.Namespa
 def zipf(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
     backbone = _backbone(options, device)
     with tempfile.TemporaryDirectory(prefix="polyhead-gpu-") as folder:
-        names = write_random_adapters(
-            Path(folder), backbone, options.registered, 8, ("q_proj", "v_proj"), seed=options.seed
-        )
+        names = write_random_adapters(Path(folder), backbone, options.registered, 8, ZIPF_TARGETS, seed=options.seed)
         # A quarter of them fits the device, all of them the host.
-        per_adapter = sum(
-            2 * 16 * (site.in_features + site.out_features + 128)
-            for site in backbone.sites
-            if site.path.endswith(("q_proj", "v_proj"))
-        )
+        per_adapter, resident = adapter_bytes(backbone.model, 8, ZIPF_TARGETS), max(65, options.registered // 4)
         settings = _engine_settings(
-            options, adapter_pool_bytes=per_adapter * max(65, options.registered // 4),
-            host_cache_bytes=per_adapter * options.registered, max_resident_adapters=max(65, options.registered // 4),
+            options, adapter_pool_bytes=_room_for(resident, per_adapter), max_resident_adapters=resident,
+            host_cache_bytes=options.registered * per_adapter,
         )  # fmt: skip
         tokens_per_s: dict[str, list[float]] = {"many": [], "one": []}
         with engine_with(Path(folder) / "adapters", loaded=backbone, **settings) as engine:

@@ -25,10 +25,8 @@ def peft_step_seconds(
 ) -> float:
     """Median seconds of a decode step of `rows` rows, each with an adapter of its own, after `context` tokens each."""
     torch.manual_seed(seed)
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float16
-        ).eval()  # bitsandbytes casts others to it
+    with torch.device(device):  # in float16, to which bitsandbytes would cast other types
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float16).eval()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
             replace_module(model, path, _int8_layer(module, device))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from cost_adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_name
+from cost_adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_name, draw_lora
+from cost_bytes import LLAMA_2_7B
 from peft import LoraConfig
 from safetensors.torch import save_file
-from serving_workload import LORA_B_SCALE, TARGETS
+from serving_workload import TARGETS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -31,16 +32,11 @@ from polyhead_core.int8 import Int8Linear
 
 SHAPES = {
     "tiny": LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320,
-        max_position_embeddings=4096,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320
     ),
-    "llama-2-7b": LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
-        max_position_embeddings=4096,
-    ),
+    "llama-2-7b": LLAMA_2_7B,
     "llama-2-13b": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
-        max_position_embeddings=4096,
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
     ),
 }  # fmt: skip
 _WEIGHT_STD = 0.02
@@ -123,16 +119,13 @@ def write_random_adapters(
     the server cannot know, and reads, packs and keeps each for itself."""
     first = folder / "weights"
     first.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    shapes = {}
     for site in backbone.sites:
-        if site.path.rpartition(".")[2] not in targets:
-            continue
-        name = f"base_model.model.{site.path}"
-        a = torch.empty(rank, site.in_features).uniform_(-1, 1, generator=generator) * site.in_features**-0.5
-        b = torch.empty(site.out_features, rank).uniform_(-1, 1, generator=generator) * LORA_B_SCALE * rank**-0.5
-        tensors |= {f"{name}.lora_A.weight": a.bfloat16(), f"{name}.lora_B.weight": b.bfloat16()}
-    save_file(tensors, first / WEIGHTS_FILE, metadata={"format": "pt"})
+        if site.path.rpartition(".")[2] in targets:
+            name = f"base_model.model.{site.path}"
+            shapes[f"{name}.lora_A.weight"] = (rank, site.in_features)
+            shapes[f"{name}.lora_B.weight"] = (site.out_features, rank)
+    save_file(draw_lora(shapes, seed), first / WEIGHTS_FILE, metadata={"format": "pt"})
     LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), task_type="CAUSAL_LM").save_pretrained(str(first))
     config = json.loads((first / CONFIG_FILE).read_text(encoding="utf-8"))
     names = [adapter_name(number) for number in range(count)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from serving_workload import TARGETS
 from torch import nn
 from training_work import Work
 from transformers import (
@@ -139,7 +140,7 @@ def train_cookbook(work: Work, *, dtype: str) -> Trained:
 def _peft_model(work: Work, dtype: str) -> nn.Module:
     model = work.model(dtype)
     torch.manual_seed(work.seed)
-    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=work.targets)
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
 

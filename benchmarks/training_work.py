@@ -14,12 +14,12 @@ from training_files import demo_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polyhead_core.backbone import Backbone, load_backbone, resolve_source
+from polyhead_core.backbone.load import DTYPES
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.batching import steps
 from polyhead_trainer.data import EncodedExample, Example, load_examples
 from polyhead_trainer.tokens import padding_id
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT = 100
 
 
@@ -61,11 +61,6 @@ class Work:
         """One a step, neighbours in length: Polyhead's own loop makes them, and all but TRL's packing learn them in
         this order."""
         return list(steps(self.examples, batch_size=self.batch_size, seed=self.seed, num_steps=self.num_steps))
-
-    @property
-    def targets(self) -> list[str]:
-        """Every linear layer but the LM head, as LoRA's settings name them in all systems."""
-        return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def demo_work(options: argparse.Namespace) -> tuple[Work, list[EncodedExample]]:
