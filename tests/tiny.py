@@ -100,7 +100,15 @@ def reference_model(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def save_adapter(backbone: Path, directory: Path, *, seed: int, scale: float = 0.3, **settings: Any) -> Path:
+def save_adapter(
+    backbone: Path,
+    directory: Path,
+    *,
+    seed: int,
+    scale: float = 0.3,
+    save_embedding_layers: bool | str = False,
+    **settings: Any,
+) -> Path:
     """A LoRA adapter as PEFT saves it, with random factors: `settings` are LoraConfig's."""
     model = get_peft_model(reference_model(backbone), LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(seed)
@@ -109,5 +117,5 @@ def save_adapter(backbone: Path, directory: Path, *, seed: int, scale: float = 0
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
             spread = 1.0 if "lora_A" in name or "embedding_A" in name else scale
             parameter.data = torch.randn(parameter.shape, generator=generator) * spread / fan_in**0.5
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, save_embedding_layers=save_embedding_layers)
     return directory

@@ -122,7 +122,7 @@ class Int8Linear(nn.Linear):
         self._packed = None
 
     def prepack(self) -> None:
-        """Keeps the packed form alone, for serving, where nobody reads `weight` again."""
+        """Keeps the packed form alone, for serving, where nobody multiplies by `weight` again."""
         packed = self._pack(lasting=True)
         if packed is not None:
             self._packed = packed
@@ -132,6 +132,10 @@ class Int8Linear(nn.Linear):
         """Gives up `weight`, of which somebody who multiplies has a copy of his own."""
         self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
         self.outlier_weight = None
+
+    @property
+    def is_released(self) -> bool:
+        return self.weight.is_meta and self._packed is None
 
     def _pack(self, *, lasting: bool) -> dispatch.PackedLinear | None:
         return dispatch.pack_linear(
@@ -143,8 +147,9 @@ class Int8Linear(nn.Linear):
         return {**self.__dict__, "_packed": None}
 
     def dequantize(self) -> Tensor:
-        """The float32 weight [out, in] that this layer stands for."""
-        weight_OI = self.weight.float() * (self.SCB / INT8_MAX).unsqueeze(1)
+        """The float32 weight [out, in] that this layer stands for; not after `release_weight`."""
+        int8_OI = self._packed.weight() if self.weight.is_meta and self._packed is not None else self.weight
+        weight_OI = int8_OI.float() * (self.SCB / INT8_MAX).unsqueeze(1)
         return weight_OI if self.input_scale is None else weight_OI / self.input_scale
 
     @property

@@ -151,13 +151,33 @@ def test_counts_only_the_adapters_own_parameters(tmp_path: Path) -> None:
     assert adapter.file_bytes > 4 * 128 * 64, "the copy of the embedding is on disk, and only there"
 
 
-def test_saved_head_of_an_int8_backbone_is_recognised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_served", [False, True])
+def test_saved_head_of_an_int8_backbone_is_recognised(tmp_path: Path, is_served: bool) -> None:
     make_adapter(tmp_path / "a", llama(), target_modules=["lm_head"])
     model = llama()
     model.lm_head = Int8Linear.from_weight(model.lm_head.weight.detach(), input_scale_I=torch.rand(64) + 0.5)
+    if is_served:
+        model.lm_head.prepack()
     backbone = TinyBackbone(model, quantization="int8")
     assert len(read(tmp_path / "a", backbone).contributions) == 1
     edit_adapter(tmp_path / "a", lambda _, tensors, __: tensors[f"{LM_HEAD}.base_layer.weight"].add_(0.05))
+    with pytest.raises(AdapterRejected, match="weight"):
+        read(tmp_path / "a", backbone)
+
+
+def test_a_copy_of_a_released_weight_is_refused(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a", llama(), target_modules=["q_proj"])
+    model = llama()
+    path = "model.layers.0.self_attn.q_proj"
+    layer = Int8Linear.from_weight(model.get_submodule(path).weight.detach())
+    model.set_submodule(path, layer)
+    edit_adapter(
+        tmp_path / "a",
+        lambda _, tensors, __: tensors.update({f"base_model.model.{path}.base_layer.weight": layer.dequantize()}),
+    )
+    backbone = TinyBackbone(model, quantization="int8")
+    assert read(tmp_path / "a", backbone).contributions
+    layer.release_weight()
     with pytest.raises(AdapterRejected, match="weight"):
         read(tmp_path / "a", backbone)
 

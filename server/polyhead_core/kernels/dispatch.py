@@ -1,6 +1,7 @@
 """Picks, per device, the implementation of each kernel: C++ on the CPU, Triton on CUDA, the torch reference elsewhere.
 
-Float activations of other types than float32 are computed in float32 and rounded once, at the end.
+Float activations of other types than float32 are computed in float32 and rounded once, at the end; but with queries and
+pages in bfloat16 Triton's attention also rounds its weights to bfloat16, for the tensor cores' product with V.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class PackedLinear(Protocol):
         ...
 
     def num_bytes(self) -> int: ...
+
+    def weight(self) -> Tensor:
+        """The int8 weight [out, in] that was packed."""
+        ...
 
 
 def pack_linear(

@@ -65,7 +65,8 @@ def _holds(module: nn.Module, weight_OI: Tensor) -> bool:
         return False
     dequantize = getattr(module, "dequantize", None)
     if dequantize is not None:
-        return _within_a_step(module, weight_OI.float(), dequantize().cpu())
+        # A fused layer's weights have gone elsewhere; PEFT saves no copies of them.
+        return not module.is_released and _within_a_step(module, weight_OI.float(), dequantize().cpu())
     coarser = min(held_OI.dtype, weight_OI.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
     return torch.equal(weight_OI.to(coarser), held_OI.detach().cpu().to(coarser))
 

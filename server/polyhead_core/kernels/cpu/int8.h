@@ -144,12 +144,29 @@ struct PackedLinear : torch::CustomClassHolder {
   int64_t tail_bytes() const { return round_up(tail, PART) / QUAD * QUAD_BYTES; }
   int64_t row_bytes() const { return main_bytes() + 2 * tail_bytes(); }
   int64_t panel_bytes() const { return (depth + tail) * PANEL; }
+  // int8 [out, in], as it was packed.
+  at::Tensor weight() const {
+    at::Tensor unpacked = at::empty({out, in}, at::kChar);
+    int8_t* to = unpacked.data_ptr<int8_t>();
+    at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t k = 0; k < in; ++k) to[row * in + k] = flip_bias(panel(row / PANEL)[place(row % PANEL, k)]);
+    });
+    return unpacked;
+  }
   const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
     return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes();
   }
 
  private:
+  // Of output `o`'s input `k` in its panel.
+  static int64_t place(int64_t o, int64_t k) { return k / QUAD * QUAD * PANEL + o * QUAD + k % QUAD; }
+  // Adds 128 or takes it off, which is the same.
+  static int8_t flip_bias(int8_t value) {
+    return BIASED_WEIGHTS ? static_cast<int8_t>(static_cast<uint8_t>(value) ^ 0x80) : value;
+  }
+
   void pack(const int8_t* weight) {
     const int64_t* column = columns.const_data_ptr<int64_t>();
     int8_t* to = panels.data_ptr<int8_t>();
@@ -163,8 +180,7 @@ struct PackedLinear : torch::CustomClassHolder {
           for (int64_t o = 0; o < PANEL; ++o) {
             const int64_t row = p * PANEL + o;
             const int8_t value = exists && row < out ? weight[row * in + source] : int8_t{0};
-            to[(p * (depth + tail) + k / QUAD * QUAD) * PANEL + o * QUAD + k % QUAD] =
-                BIASED_WEIGHTS ? static_cast<int8_t>(static_cast<uint8_t>(value) ^ 0x80) : value;
+            to[p * panel_bytes() + place(o, k)] = flip_bias(value);
           }
         }
     });

@@ -115,6 +115,7 @@ TORCH_LIBRARY(polyhead_cpu, library) {
       .def(torch::init<const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                        const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool>())
       .def("num_bytes", &PackedLinear::num_bytes)
+      .def("weight", &PackedLinear::weight)
       .def("forward", &packed_forward);
   library.class_<DecoderStack>("DecoderStack")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, double, int64_t>())
