@@ -182,6 +182,9 @@ class FakeStore:
     pool_bytes: int = 1 << 20
     pool_used_bytes: int = 1 << 10
 
+    def knows(self, name: str) -> bool:
+        return name in self.known
+
     def resolve(self, name: str) -> AdapterVersion:
         info = self.get(name)
         if info.error:

@@ -29,6 +29,10 @@ class FakeResidency:
         self.failures: dict[str, PolyheadError] = {}
         self.pins: Counter[AdapterVersion] = Counter()
         self.asked: list[str] = []
+        self.has_room = False
+
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        return not self.has_room and version.content_hash not in self.resident
 
     def acquire(self, version: AdapterVersion) -> int | None:
         self.asked.append(version.content_hash)
@@ -240,6 +244,38 @@ def test_preemption_takes_the_latest_and_keeps_its_output() -> None:
     assert second.num_output_tokens == 6
 
 
+def test_a_preempted_sequence_keeps_its_pin_and_goes_on_before_those_who_wait_for_it() -> None:
+    bench = Bench("x", "y", num_blocks=8, block_size=2, rows=2, prefix_caching=False, wait_s=0.0)
+    bench.add("a", [1, 2, 3, 4], adapter="x", max_tokens=12)
+    (second,) = bench.add("b", [5, 6, 7], adapter="y", max_tokens=6)
+    while not second.num_preemptions:
+        bench.step()
+    assert second.status is Status.WAITING
+    bench.residency.resident.remove("y")  # replaced: whoever asks anew does not get this version
+    bench.scheduler.check_integrity()
+    assert sum(bench.scheduler.pins().values()) == 2
+    for _ in range(50):
+        bench.step()
+    assert bench.ended == ["a", "b"]
+    assert second.num_output_tokens == 6
+    assert sum(bench.residency.pins.values()) == 0
+
+
+def test_a_preempted_sequence_goes_on_though_an_earlier_one_waits_for_its_slot() -> None:
+    bench = Bench("x", "y", num_blocks=8, block_size=2, prefix_caching=False, wait_s=0.0)
+    bench.add("blocked", adapter="z")
+    bench.step()
+    bench.residency.has_room = True
+    bench.add("a", [1, 2, 3, 4], adapter="x", max_tokens=12)
+    (second,) = bench.add("b", [5, 6, 7], adapter="y", max_tokens=6)
+    while not second.num_preemptions:
+        bench.step()
+    bench.residency.has_room = False
+    for _ in range(50):
+        bench.step()
+    assert bench.ended == ["a", "b"]
+
+
 def test_a_preempted_row_leaves_the_step_it_was_already_in() -> None:
     bench = Bench(num_blocks=6, block_size=2, tokens=64, prefix_caching=False)
     (first,) = bench.add("a", [1, 2, 3], max_tokens=10)
@@ -285,6 +321,20 @@ def test_an_overdue_adapter_holds_back_later_arrivals_only() -> None:
     assert set(bench.step()) == {"early"}
     bench.residency.resident.append("x")
     assert set(bench.step()) == {"early", "blocked", "late"}
+
+
+def test_an_adapter_that_is_merely_slow_to_read_holds_back_nobody() -> None:
+    bench = Bench("y", wait_s=2.0)
+    bench.residency.has_room = True
+    bench.add("slow", adapter="x")
+    for _ in range(5):
+        bench.step()
+    bench.add("late", adapter="y")
+    assert set(bench.step()) == {"late"}
+    bench.residency.has_room = False
+    bench.step()
+    bench.add("later", adapter="y")
+    assert "later" in bench.step(), "it waits for room since a moment only"
 
 
 def test_a_failed_adapter_fails_all_its_requests() -> None:

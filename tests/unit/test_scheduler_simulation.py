@@ -47,6 +47,9 @@ class SmallPool:
         del self.resident[idle]
         return True
 
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        return not {version.content_hash} & (self.resident.keys() | self.loading.keys() | self.failed)
+
     def release(self, version: AdapterVersion) -> None:
         assert self.pins[version.content_hash] > 0, "released without a pin"
         self.pins[version.content_hash] -= 1

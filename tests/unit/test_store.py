@@ -35,7 +35,7 @@ from polyhead_server.store import load_book, residency
 from polyhead_server.store.backbone_view import view_backbone
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.residency import Residency
-from polyhead_server.store.store import AdapterInfo, AdapterStore
+from polyhead_server.store.store import COMPARED_NAMES, AdapterInfo, AdapterStore, _neighbours
 
 CHUNK_BYTES = CHUNK_UNITS * 64 * 4
 
@@ -406,6 +406,68 @@ def test_pins_of_users(make_store: Callable[..., AdapterStore], folder: Path, zo
     shutil.copytree(zoo / "adapter-12", folder / "adapter-00")
     store.refresh()
     assert not store.get("adapter-00").pinned, "a pin ends with its folder"
+
+
+def test_one_that_users_pins_bar_is_refused_though_another_idles(
+    make_store: Callable[..., AdapterStore], folder: Path
+) -> None:
+    for seed, name in enumerate(("large", "other")):
+        make_adapter(
+            folder / name, llama(layers=1), seed=seed, r=128, target_modules=["q_proj", "up_proj", "down_proj"]
+        )
+    size = load(make_store(), "large").device_bytes
+    store = make_store(pool_bytes=(size // CHUNK_BYTES + 3) * CHUNK_BYTES)
+    store.pin("large", True)
+    load(store, "large")
+    load(store, "adapter-00")
+    with pytest.raises(QueueFull, match="unpin"):
+        take(store, store.resolve("other"))
+    store.pin("large", False)
+    time.sleep(load_book.FAILURE_KEPT_S)
+    take(store, store.resolve("other"))
+
+
+def test_a_pin_is_honoured_once_there_is_room(make_store: Callable[..., AdapterStore]) -> None:
+    store = make_store(num_slots=1)
+    used = store.resolve("adapter-00")
+    take(store, used)
+    store.pin("adapter-01", True)
+    time.sleep(2 * load_book.ROOM_RETRY_S)
+    assert store.get("adapter-01").residency is not Residency.DEVICE
+    store.release(used)
+    until_done(lambda: one if (one := store.get("adapter-01")).residency is Residency.DEVICE else None)
+
+
+def test_whether_room_or_only_time_is_lacking(
+    make_store: Callable[..., AdapterStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(num_slots=1, host_cache_bytes=0)
+    used, wanted = store.resolve("adapter-00"), store.resolve("adapter-01")
+    read, reading = store._loader._read, threading.Event()
+    monkeypatch.setattr(store._loader, "_read", lambda path: (reading.wait(5), read(path))[1])
+    assert store.acquire(used) is None
+    assert not store.lacks_room(used), "it is being read"
+    reading.set()
+    take(store, used)
+    deadline_s = time.monotonic() + 5
+    while not store.lacks_room(wanted):
+        assert time.monotonic() < deadline_s
+        assert store.acquire(wanted) is None
+        time.sleep(0.001)
+    began_s = time.monotonic()
+    while time.monotonic() < began_s + 3 * load_book.ROOM_RETRY_S:
+        assert store.acquire(wanted) is None
+        assert store.lacks_room(wanted), "while it is tried again as well"
+    store.release(used)
+    take(store, wanted)
+    assert not store.lacks_room(wanted)
+
+
+def test_a_mistaken_name_is_compared_with_few() -> None:
+    names = [f"customer-{number:05d}" for number in range(5000)]
+    near = _neighbours("customer-00137x", names)
+    assert len(near) == COMPARED_NAMES
+    assert {"customer-00137", "customer-00138"} <= set(near)
 
 
 def test_two_that_want_the_same_room_both_get_their_turn(make_store: Callable[..., AdapterStore]) -> None:

@@ -1,7 +1,8 @@
-"""The store's parts one by one: residency, host cache, load book, catalog."""
+"""The store's parts one by one: residency, host cache, load book, pool, catalog."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 from polyhead_core.errors import AdapterFormatError, AdapterRejected, EngineFailure
+from polyhead_core.kernels.tables import UNIT
+from polyhead_core.sites import Site, SiteKind, SiteMap
 from polyhead_server.store import catalog as catalog_module
 from polyhead_server.store import load_book
 from polyhead_server.store.catalog import AdapterFacts, Catalog, CatalogEntry
 from polyhead_server.store.host_cache import HostCache
 from polyhead_server.store.load_book import LoadBook
-from polyhead_server.store.packing import PackedAdapter
+from polyhead_server.store.packing import Extent, PackedAdapter, Part
+from polyhead_server.store.pool import AdapterPool
 from polyhead_server.store.residency import PROTECTION_S, ResidencyTable
 
 
@@ -93,6 +97,39 @@ def test_host_cache_forgets_the_least_recently_used() -> None:
     cache.drop("e")
     cache.check_integrity()
     assert cache.num_bytes == 256
+
+
+class FakeStream:
+    """In place of the pool's CUDA stream: remembers what was asked of it, and what the arena held at the time."""
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self._arena = pool.tables.arena
+        self.calls: list[tuple[str, object, float]] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.calls.append(("wait", other, float(self._arena.max())))
+
+    def synchronize(self) -> None:
+        self.calls.append(("synchronize", None, float(self._arena.max())))
+
+
+def test_on_a_device_a_write_waits_for_the_steps_that_are_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read may be what an evicted adapter left at the same units."""
+    site = Site(index=0, path="a", kind=SiteKind.LINEAR, in_features=UNIT, out_features=8)
+    pool = AdapterPool(
+        SiteMap((site,)), num_units=4, num_slots=1, max_rank=8, dtype=torch.float32, device=torch.device("cpu")
+    )
+    pool._stream = stream = FakeStream(pool)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"steps on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    packed = PackedAdapter(
+        content_hash="a", peft_type="LORA", max_rank=8, num_parameters=UNIT, file_bytes=0,
+        extents=(Extent(0, Part.A, 0, 1), Extent(0, Part.B, 0, 2)), units=torch.full((3, UNIT), 7.0),
+    )  # fmt: skip
+    row = pool.write(packed, [3, 0])
+    assert stream.calls == [("wait", "steps on cpu", 0.0), ("synchronize", None, 7.0)]
+    assert row.pages[0, 0].tolist() == [3, 0]
+    assert pool.tables.arena.view(4, UNIT)[:, 0].tolist() == [7.0, 7.0, 0.0, 7.0]
 
 
 def test_a_failure_is_told_for_a_moment_and_then_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +274,33 @@ def test_a_change_without_a_new_time_stamp_is_found(
     time.sleep(0.06)
     catalog.refresh()
     assert catalog.folders_of("2")
+
+
+@pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), MemoryError()])
+def test_what_may_pass_is_tried_again(
+    catalog: Catalog, admission: Admission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+    monkeypatch.setattr(catalog_module, "PASSING_RETRY_S", 0.05)
+    _write(tmp_path, "anna", "1")
+    _write(tmp_path, "berta", "bad")
+
+    def fail(path: Path) -> AdapterFacts:
+        admission.reads.append(path.name)
+        raise cause
+
+    monkeypatch.setattr(catalog, "_admit", fail)
+    catalog.refresh()
+    assert catalog.entries["anna"].error is not None
+    monkeypatch.setattr(catalog, "_admit", admission)
+    catalog.refresh()
+    assert catalog.entries["anna"].error is not None, "not at once"
+    time.sleep(0.06)
+    catalog.refresh()
+    assert catalog.folders_of("1")
+    reads = list(admission.reads)
+    time.sleep(0.06)
+    catalog.refresh()
+    assert admission.reads == reads, "a content that is bad stays so"
 
 
 def test_a_vanished_folder_of_folders_is_empty(catalog: Catalog, tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ class Residency(Protocol):
         """Takes back one pin."""
         ...
 
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        """Whether `version` waits for others to let go of theirs; False while it is merely on its way."""
+        ...
+
     def failure(self, version: AdapterVersion) -> PolyheadError | None:
         """Why `version` can never be resident; None while it may still come."""
         ...

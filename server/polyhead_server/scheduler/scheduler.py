@@ -30,7 +30,8 @@ class SchedulerConfig:
     max_model_len: int
     """Most tokens of one sequence, prompt and output together."""
     max_adapter_wait_s: float
-    """Once a sequence has been blocked this long for its adapter, later ones are not admitted until it is in."""
+    """Once a sequence has been blocked this long for want of room for its adapter, later ones are not admitted until it
+    is in."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_rows", "max_batch_tokens", "max_queued_requests", "max_model_len"):
@@ -192,7 +193,8 @@ class Scheduler:
 
     def pins(self) -> Counter[AdapterVersion]:
         """Pins that are held now, by version."""
-        return Counter(s.request.adapter for s in self._running if s.request.adapter is not None)
+        held = (s.request.adapter for s in (*self._running, *self._waiting) if s.slot != NO_SLOT)
+        return Counter(version for version in held if version is not None)
 
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where queue, blocks and pins contradict each other."""
@@ -209,7 +211,7 @@ class Scheduler:
             assert group.sequences, "an ended request is kept"
         for sequence in self._waiting:
             assert not sequence.block_ids
-            assert sequence.slot == NO_SLOT
+            assert sequence.slot == NO_SLOT or sequence.num_preemptions
             assert sequence.num_computed_tokens == 0
         for sequence in self._running:
             assert (sequence.slot == NO_SLOT) == (sequence.request.adapter is None), "a pin is missing or too many"
@@ -244,6 +246,7 @@ class Scheduler:
     def _admit(self, draft: Draft) -> list[tuple[Request, PolyheadError]]:
         failures: dict[str, tuple[_Group, PolyheadError]] = {}
         blocked: set[str] = set()  # adapters found absent in this step
+        held_back = False
         index = 0
         while index < len(self._waiting) and len(self._running) < self._max_running and draft.budget:
             sequence = self._waiting[index]
@@ -251,16 +254,21 @@ class Scheduler:
             if sequence.request.request_id in failures or self._awaits_shared_prompt(group, sequence):
                 index += 1
                 continue
+            if held_back and sequence.slot == NO_SLOT:  # a preempted one goes on: it is its pin that others wait for
+                index += 1
+                continue
             if not self._pin(sequence, blocked):
                 error = self._residency.failure(sequence.request.adapter) if sequence.request.adapter else None
                 if error is not None:
                     failures[sequence.request.request_id] = (group, error)
-                elif self._is_overdue(sequence):
-                    break
+                else:
+                    held_back = self._is_overdue(sequence)
                 index += 1
                 continue
             if not self._take_blocks(sequence):
-                self._release(sequence)
+                self._release_blocks(sequence)
+                if not sequence.num_preemptions:
+                    self._unpin(sequence)
                 break
             self._start(group, sequence)
             draft.add(sequence)
@@ -282,7 +290,7 @@ class Scheduler:
 
     def _pin(self, sequence: Sequence, blocked: set[str]) -> bool:
         version = sequence.request.adapter
-        if version is None:
+        if version is None or sequence.slot != NO_SLOT:
             return True
         if version.content_hash in blocked:
             return False
@@ -294,10 +302,14 @@ class Scheduler:
         return True
 
     def _is_overdue(self, sequence: Sequence) -> bool:
-        """True if a sequence without its adapter has been so for so long that those behind it are to wait too.
+        """True if there has been no room for a sequence's adapter for so long that those behind it are to wait too.
 
-        The running ones then end and give their pins back, until its adapter finds room.
+        The running ones then end and give their pins back, until its adapter finds room. A slow disk holds back nobody.
         """
+        assert sequence.request.adapter is not None
+        if not self._residency.lacks_room(sequence.request.adapter):
+            sequence.blocked_since_s = None
+            return False
         if sequence.blocked_since_s is None:
             sequence.blocked_since_s = self._now_s
         return self._now_s - sequence.blocked_since_s > self.config.max_adapter_wait_s
@@ -339,9 +351,10 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Its pin stays: it goes on with the version that it began with, even if that is replaced meanwhile."""
         assert len(self._running) > 1, "a single sequence outgrew the whole cache"
         self._running.remove(sequence)
-        self._release(sequence)
+        self._release_blocks(sequence)
         sequence.status = Status.WAITING
         sequence.waiting_since_s = self._now_s
         sequence.num_preemptions += 1
@@ -367,16 +380,18 @@ class Scheduler:
         assert sequence.status is not Status.FINISHED, "a sequence ended twice"
         line = self._running if sequence.status is Status.RUNNING else self._waiting
         del line[bisect_left(line, sequence.ordinal, key=_ordinal)]
-        self._release(sequence)
+        self._release_blocks(sequence)
+        self._unpin(sequence)
         sequence.status = Status.FINISHED
         group.sequences.remove(sequence)
         if not group.sequences:
             del self._groups[group.request.request_id]
 
-    def _release(self, sequence: Sequence) -> None:
-        """The one place where blocks and pins are given back."""
+    def _release_blocks(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.table)
         sequence.num_computed_tokens = 0
+
+    def _unpin(self, sequence: Sequence) -> None:
         if sequence.slot != NO_SLOT:
             assert sequence.request.adapter is not None
             self._residency.release(sequence.request.adapter)

@@ -7,7 +7,6 @@ import time
 from concurrent.futures import Executor
 
 from polyhead_core.adapter_directory import check_adapter_name
-from polyhead_core.errors import UnknownAdapter
 from polyhead_server.request import AdapterVersion
 from polyhead_server.service.ports import AdapterStore
 
@@ -22,25 +21,24 @@ class AdapterLookup:
         self._scanning = asyncio.Lock()
         self._scan_began_s = -min_scan_interval_s
 
+    def knows(self, name: str) -> bool:
+        return self._store.knows(name)
+
     async def resolve(self, name: str) -> AdapterVersion | None:
         """The version that `name` means now; None for the backbone alone. Raises UnknownAdapter or AdapterRejected."""
         if not name:
             return None
         check_adapter_name(name)
-        try:
-            return self._store.resolve(name)
-        except UnknownAdapter:
+        if not self._store.knows(name):
             await self._scan()
         return self._store.resolve(name)
 
     async def ensure_known(self, name: str) -> None:
         """Returns if there is such an adapter, usable or not; else raises UnknownAdapter."""
         check_adapter_name(name)
-        try:
-            self._store.get(name)
-        except UnknownAdapter:
+        if not self._store.knows(name):
             await self._scan()
-            self._store.get(name)
+        self._store.get(name)
 
     async def _scan(self) -> None:
         """Returns after a scan of the folder that began after this call."""

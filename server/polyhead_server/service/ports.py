@@ -75,6 +75,9 @@ class AdapterStore(Protocol):
     def pool_bytes(self) -> int: ...
     @property
     def pool_used_bytes(self) -> int: ...
+    def knows(self, name: str) -> bool:
+        """Whether there is such an adapter, usable or not; in memory."""
+
     def resolve(self, name: str) -> AdapterVersion:
         """The version a name means now; in memory. Raises UnknownAdapter or AdapterRejected."""
 

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 SETTLE_S = 2.0
 """A file younger than this when it was read is hashed once more: a second write may have left equal time stamps."""
 
+PASSING_RETRY_S = 10.0
+"""How soon a folder is read again that could not be read for a reason that may pass, such as a disk's."""
+
 SCAN_SHARE = 0.01
 """Of the time, at most, for looking whether files have changed: it is taken from the engine."""
 
@@ -155,13 +158,16 @@ class Catalog:
         assert self.folder is not None
         path = self.folder / name
         facts, error = self._read(name, path)
+        recheck_after_s = PASSING_RETRY_S if error is not None and _may_pass(error) else None
+        if _is_young(signature):
+            recheck_after_s = SETTLE_S
         return CatalogEntry(
             name=name,
             path=path,
             signature=signature,
             facts=facts,
             error=error,
-            recheck_at_s=time.monotonic() + SETTLE_S if _is_young(signature) else None,
+            recheck_at_s=None if recheck_after_s is None else time.monotonic() + recheck_after_s,
         )
 
     def _has_changed_unseen(self, known: CatalogEntry) -> bool:
@@ -180,13 +186,20 @@ class Catalog:
         except AdapterRejected as error:
             logger.warning("refused: %s", error.message)
             return None, error
-        except Exception:
+        except Exception as cause:
             # An edge: whatever a hostile folder brings out, the other adapters are still to be looked at.
             logger.exception("adapter %r could not be read", name)
             message = f"adapter {name!r} could not be read because of an internal error; the server's log has it"
-            return None, AdapterRejected(message, details={"adapter": name})
+            refusal = AdapterRejected(message, details={"adapter": name})
+            refusal.__cause__ = cause
+            return None, refusal
         logger.info("adapter %r is %s, rank %d", name, facts.content_hash[:12], facts.max_rank)
         return facts, None
+
+
+def _may_pass(error: AdapterRejected) -> bool:
+    """Whether the same files may be readable the next time: what failed was not their content."""
+    return isinstance(error.__cause__, OSError | MemoryError)
 
 
 def _settled(entry: CatalogEntry) -> CatalogEntry:

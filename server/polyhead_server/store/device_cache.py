@@ -43,6 +43,13 @@ class DeviceCache:
     def could_ever_fit(self, sizes: list[int]) -> bool:
         return PageAllocator(self.num_units).can_fit(sizes)
 
+    def user_pins_bar(self, adapter: PackedAdapter) -> bool:
+        """Whether there will be no room for `adapter` until its users unpin another, whatever requests let go."""
+        pinned = self.residents.user_pinned()
+        units = sum(resident.num_units for resident in pinned)
+        too_many = len(pinned) == self.residents.num_slots or units + adapter.num_units > self.num_units
+        return too_many or len(pinned) == len(self.residents)
+
     def make_room(self, adapter: PackedAdapter, *, awaited: bool) -> Resident | None:
         """Takes a slot and extents for `adapter`, at the expense of residents that nobody needs; None: no room now."""
         victims = self.residents.evictable(time.monotonic())

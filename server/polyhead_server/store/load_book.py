@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from polyhead_core.errors import PolyheadError
 
@@ -10,6 +11,19 @@ FAILURE_KEPT_S = 1.0
 """How long a failed load stays failed, so that all who wait for it hear of it; then it may be tried again."""
 ROOM_RETRY_S = 0.1
 """How soon a load that found no room is tried again though nobody has let go of an adapter."""
+NO_ROOM_KEPT_S = 10.0
+"""How long an adapter counts as waiting for room though nobody has had it tried again."""
+
+
+@dataclass(kw_only=True)
+class _NoRoom:
+    """Of a load's last try."""
+
+    room_version: int
+    """Which room was too small."""
+    tried_at_s: float
+    told: bool = False
+    """Whoever waits for it has been told to ask again."""
 
 
 class LoadBook:
@@ -19,8 +33,7 @@ class LoadBook:
         self._under_way: dict[str, bool] = {}
         """True: a request waits for it."""
         self._failures: dict[str, tuple[PolyheadError, float]] = {}
-        self._no_room: dict[str, tuple[int, float]] = {}
-        """Which room was too small, and when."""
+        self._no_room: dict[str, _NoRoom] = {}
         self._room_version = 0
         """Goes up whenever room may have come free."""
 
@@ -34,7 +47,6 @@ class LoadBook:
             return False
         if self.failure(content_hash) is not None or self._is_hopeless(content_hash):
             return False
-        self._no_room.pop(content_hash, None)
         self._under_way[content_hash] = awaited
         return True
 
@@ -46,6 +58,7 @@ class LoadBook:
 
     def fail(self, content_hash: str, error: PolyheadError) -> None:
         now_s = time.monotonic()
+        self._no_room.pop(content_hash, None)
         self._failures = {h: f for h, f in self._failures.items() if now_s - f[1] <= FAILURE_KEPT_S}
         self._failures[content_hash] = (error, now_s)
 
@@ -57,20 +70,32 @@ class LoadBook:
         self._failures.pop(content_hash, None)
 
     def found_no_room(self, content_hash: str) -> None:
-        self._no_room[content_hash] = (self._room_version, time.monotonic())
+        self._no_room[content_hash] = _NoRoom(room_version=self._room_version, tried_at_s=time.monotonic())
+
+    def found_room(self, content_hash: str) -> None:
+        self._no_room.pop(content_hash, None)
+
+    def lacks_room(self, content_hash: str) -> bool:
+        """Whether its load waits for others to let go, a new try under way included; False while it is merely read."""
+        tried = self._no_room.get(content_hash)
+        return tried is not None and time.monotonic() - tried.tried_at_s <= NO_ROOM_KEPT_S
 
     @property
     def has_blocked(self) -> bool:
-        """Some load has found no room and was not tried again."""
-        return bool(self._no_room)
+        """Some load has found no room, and nobody has been told yet to have it tried again."""
+        return any(not tried.told and h not in self._under_way for h, tried in self._no_room.items())
 
-    def forget_blocked(self) -> None:
-        """Those that may be tried again are from now on as if they had never been tried."""
-        self._no_room = {h: tried for h, tried in self._no_room.items() if self._is_hopeless(h)}
+    def tell_blocked(self) -> None:
+        """Those who wait for what may be tried again are being told."""
+        self._no_room = {h: tried for h, tried in self._no_room.items() if h in self._under_way or self.lacks_room(h)}
+        for content_hash, tried in self._no_room.items():
+            tried.told |= not self._is_hopeless(content_hash)
 
     def room_came_free(self) -> None:
         self._room_version += 1
 
     def _is_hopeless(self, content_hash: str) -> bool:
-        room_version, tried_at_s = self._no_room.get(content_hash, (-1, 0.0))
-        return room_version == self._room_version and time.monotonic() - tried_at_s < ROOM_RETRY_S
+        tried = self._no_room.get(content_hash)
+        if tried is None or tried.room_version != self._room_version:
+            return False
+        return time.monotonic() - tried.tried_at_s < ROOM_RETRY_S

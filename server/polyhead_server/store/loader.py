@@ -90,7 +90,7 @@ class AdapterLoader:
             except queue.Empty:
                 # Room may have come free by time alone, and an engine with nothing else to do would never ask again.
                 with self._lock:
-                    self._book.forget_blocked()
+                    self._book.tell_blocked()
                 self.wakeup()
 
     def _load(self, version: AdapterVersion) -> None:
@@ -104,10 +104,11 @@ class AdapterLoader:
             self._host.put(packed)
             resident = self._device.make_room(packed, awaited=self._book.is_awaited(content_hash))
             if resident is None:
-                if self._device.residents.all_user_pinned:
+                if self._device.user_pins_bar(packed):
                     raise no_room_error(version.name)
                 self._book.found_no_room(content_hash)
                 return
+            self._book.found_room(content_hash)
         try:
             row = self._device.write(packed, resident)
         except BaseException:
@@ -156,7 +157,7 @@ def _nobody_waits() -> None:
 
 def no_room_error(name: str) -> QueueFull:
     return QueueFull(
-        f"there is no room for adapter {name!r}: all that is in the adapter pool is pinned; unpin an adapter, raise "
+        f"there is no room for adapter {name!r} beside the pinned ones in the adapter pool; unpin an adapter, raise "
         "adapter_pool_bytes or max_resident_adapters, or try again later",
         details={"adapter": name},
         retry_after_s=1.0,

@@ -70,10 +70,9 @@ class ResidencyTable:
     def has_free_slot(self) -> bool:
         return bool(self._free_slots)
 
-    @property
-    def all_user_pinned(self) -> bool:
-        """No resident will ever make room by itself."""
-        return all(resident.content_hash in self._user_pinned for resident in self)
+    def user_pinned(self) -> list[Resident]:
+        """Residents that will never make room by themselves."""
+        return [resident for resident in self if resident.content_hash in self._user_pinned]
 
     def set_user_pinned(self, content_hashes: Iterable[str]) -> None:
         self._user_pinned = frozenset(content_hashes)

@@ -7,9 +7,9 @@ Everything is keyed by content hash: two names with the same content share one r
 from __future__ import annotations
 
 import difflib
-import itertools
 import threading
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,9 @@ from polyhead_server.store.packing import PackedAdapter, pack
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.pool import AdapterPool
 from polyhead_server.store.residency import Residency
+
+COMPARED_NAMES = 100
+"""In search of the nearest to a mistaken one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +184,11 @@ class AdapterStore:
         with self._lock:
             return self._book.failure(version.content_hash)
 
+    def lacks_room(self, version: AdapterVersion) -> bool:
+        """Whether `version` waits for others to let go of the pool; False while it is merely being read."""
+        with self._lock:
+            return self._book.lacks_room(version.content_hash)
+
     def publish(self) -> None:
         """Called between two steps: finished loads become visible in the tables."""
         with self._lock:
@@ -195,6 +203,10 @@ class AdapterStore:
             assert entry.error is not None
             raise _fresh(entry.error)
         return AdapterVersion(name=name, content_hash=entry.facts.content_hash)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is such a folder, usable or not, as far as the last scan knows."""
+        return name in self._catalog.entries
 
     def list(self) -> Sequence[AdapterInfo]:
         entries = self._catalog.entries
@@ -249,13 +261,12 @@ class AdapterStore:
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """Keeps what the name means, now and later, in the device pool, and begins to load it; or lets it go again."""
         # A pin comes off a refused folder too.
-        version = self.resolve(name) if pinned else None
+        if pinned:
+            self.resolve(name)
         self._entry(name)
         with self._lock:
             (self._pinned_names.add if pinned else self._pinned_names.discard)(name)
             self._apply_pins()
-            if version is not None and self._cache.residents.get(version.content_hash) is None:
-                self._loader.want(version, awaited=False)
         self._loader.wakeup()
         return self.get(name)
 
@@ -299,8 +310,7 @@ class AdapterStore:
         entry = entries.get(name)
         if entry is None:
             check_adapter_name(name)
-            # Among the first thousand only: a mistaken name must not cost others time.
-            near = difflib.get_close_matches(name, list(itertools.islice(entries, 1000)), n=3)
+            near = difflib.get_close_matches(name, _neighbours(name, entries), n=3)
             hint = f"; the nearest names are {', '.join(near)}" if near else ""
             raise UnknownAdapter(f"there is no adapter {name!r}{hint}", details={"adapter": name})
         return entry
@@ -347,10 +357,6 @@ class AdapterStore:
         if entry is None:
             self._pinned_names.discard(name)
         self._apply_pins()
-        if entry is not None and entry.facts is not None:
-            version = AdapterVersion(name=name, content_hash=entry.facts.content_hash)
-            if self._cache.residents.get(version.content_hash) is None:
-                self._loader.want(version, awaited=False)
 
     def _apply_pins(self) -> None:
         self._cache.residents.set_user_pinned(self._pinned_hashes())
@@ -358,6 +364,15 @@ class AdapterStore:
 
     def _room_came_free(self) -> None:
         self._book.room_came_free()
+        for name in self._pinned_names:
+            self._load_pinned(name)
+
+    def _load_pinned(self, name: str) -> None:
+        entry = self._catalog.entries.get(name)
+        if entry is not None and entry.facts is not None:
+            version = AdapterVersion(name=name, content_hash=entry.facts.content_hash)
+            if self._cache.residents.get(version.content_hash) is None:
+                self._loader.want(version, awaited=False)
 
     def _is_on_device(self, content_hash: str) -> bool:
         resident = self._cache.residents.get(content_hash)
@@ -389,6 +404,13 @@ class AdapterStore:
         if facts.content_hash in self._book:
             return Residency.LOADING
         return Residency.HOST if facts.content_hash in self._host else Residency.DISK
+
+
+def _neighbours(name: str, names: Iterable[str]) -> list[str]:
+    """Those about `name` in the alphabet: comparing a mistaken name with all of them would cost others time."""
+    ordered = sorted(names)
+    place = bisect(ordered, name)
+    return ordered[max(0, place - COMPARED_NAMES // 2) : place + COMPARED_NAMES // 2]
 
 
 def _fresh(error: PolyheadError) -> PolyheadError:
