@@ -69,6 +69,8 @@ class ServerConfig:
     """Once a request has waited this long for room in the adapter pool, later ones are held back until it is in."""
     drain_timeout_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
+    reader_timeout_s: float = 60.0
+    """A stream whose client reads nothing for this long is ended."""
     metrics_max_adapter_labels: int = 100
     """Adapters with counters of their own; all others share the label `other`."""
     fuse_layers: bool = True
@@ -104,6 +106,7 @@ class ServerConfig:
         check("adapter_scan_interval_s", self.adapter_scan_interval_s > 0, "more than 0")
         check("max_adapter_wait_s", self.max_adapter_wait_s >= 0, "0 or more")
         check("drain_timeout_s", self.drain_timeout_s >= 0, "0 or more")
+        check("reader_timeout_s", self.reader_timeout_s > 0, "more than 0")
 
 
 def load_config(file: Path | None, overrides: Sequence[str] = (), **flags: Any) -> ServerConfig:

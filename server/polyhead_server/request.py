@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,9 +60,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
             if not ok:
+                given = reprlib.repr(getattr(self, name))  # whole texts may be megabytes
                 raise InvalidRequest(
-                    f"{name} = {getattr(self, name)!r} is not usable: expected {expected}",
-                    details={"field": name, "given": getattr(self, name), "expected": expected},
+                    f"{name} = {given} is not usable: expected {expected}",
+                    details={"field": name, "given": given, "expected": expected},
                 )
 
         check("max_tokens", 1 <= self.max_tokens <= 2**31 - 1, "an integer of at least 1")

@@ -36,6 +36,7 @@ from polyhead_proto.v1 import (
 from polyhead_server.request import EventSink, Request
 from polyhead_server.service import adapters as adapters_service
 from polyhead_server.service import convert
+from polyhead_server.service import server as server_module
 
 
 @pytest.fixture
@@ -328,6 +329,47 @@ def test_a_slow_reader_gets_everything_and_the_engine_is_never_held_up(
     assert [i for chunk in chunks for i in chunk.token_ids] == [number % 300 for number in range(num_tokens)]
     assert len(chunks) < num_tokens / 10
     assert wrote_s[0] < 5
+
+
+def test_a_client_that_reads_nothing_is_given_up(harness: Harness) -> None:
+    harness.config = replace(harness.config, reader_timeout_s=0.3)
+    ended = threading.Event()
+
+    def flood(request: Request, sink: EventSink, cancelled: threading.Event) -> None:
+        while not cancelled.wait(0.001):
+            sink(tokens(0, "x" * 10_000, 1))
+        ended.set()
+
+    harness.engine.behave = flood
+    with harness.serve() as service, grpc.insecure_channel(service.address) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(generate())
+        next(call)
+        assert ended.wait(20), "the engine still works for it"
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_calls_at_once_are_bounded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SPARE_CALLS", 1)
+    harness.config = replace(harness.config, max_queued_requests=1, max_batch_rows=1)
+    harness.engine.behave = until_cancelled
+    with harness.serve() as service, grpc.insecure_channel(service.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        held = [stub.Generate(generate()) for _ in range(3)]
+        for call in held:
+            next(call)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Generate(generate()))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        held[0].cancel()
+
+
+def test_a_huge_text_in_the_wrong_place_is_not_repeated(stub: inference_pb2_grpc.InferenceStub) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Generate(generate(sampling={"stop": ["x" * (8 << 20)]})))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "1 to 1024 characters" in caught.value.details()
 
 
 def test_many_calls_at_once_each_get_their_own(stub: inference_pb2_grpc.InferenceStub, harness: Harness) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from polyhead_core.errors import PolyheadError
+from polyhead_core.errors import PolyheadError, RequestDeadlineExceeded
 from polyhead_proto.v1 import inference_pb2, inference_pb2_grpc
 from polyhead_server.config import ServerConfig
 from polyhead_server.metrics import Metrics
@@ -63,35 +63,35 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._executor = executor
 
     async def Generate(self, message: inference_pb2.GenerateRequest, context: Context) -> None:
-        with self._accounted(context) as account:
+        with self._accounted(context, message.adapter) as account:
             params = self._params(message.sampling)
-            version = await self._adapter(message.adapter, account)
             if message.WhichOneof("input") == "prompt_token_ids":
                 field, token_ids = "prompt_token_ids", self._encoder.check_token_ids(message.prompt_token_ids.ids)
             else:
                 field, token_ids = "prompt", await self._encode("prompt", message.prompt, message.parse_special_tokens)
             self._encoder.check_room(token_ids, field)
+            version = await self._adapter(message.adapter, account)
             await self._stream(self._request(context, account, version, token_ids, params), context, account)
 
     async def Chat(self, message: inference_pb2.ChatRequest, context: Context) -> None:
-        with self._accounted(context) as account:
+        with self._accounted(context, message.adapter) as account:
             params = self._params(message.sampling)
-            version = await self._adapter(message.adapter, account)
             self._encoder.check_num_messages(len(message.messages))
             messages = convert.to_messages(message.messages)
             is_large = message.ByteSize() > _MAX_TEXT_BYTES_ON_LOOP
             token_ids = await self._off_loop_if(is_large, lambda: self._encoder.encode_chat(messages))
             self._encoder.check_room(token_ids, "messages")
+            version = await self._adapter(message.adapter, account)
             await self._stream(self._request(context, account, version, token_ids, params), context, account)
 
     async def Score(self, message: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
-        with self._accounted(context) as account:
+        with self._accounted(context, message.adapter) as account:
             convert.check_top_logprobs(message.top_logprobs, self._config.max_logprobs)
-            version = await self._adapter(message.adapter, account)
             if message.WhichOneof("input") == "token_ids":
                 token_ids = self._encoder.check_token_ids(message.token_ids.ids, field="token_ids")
             else:
                 token_ids = await self._encode("text", message.text, message.parse_special_tokens)
+            version = await self._adapter(message.adapter, account)
             request = self._request(context, account, version, token_ids, SamplingParams(), message.top_logprobs)
             async with self._submitted(request, account) as output:
                 end = None
@@ -105,15 +105,31 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _stream(self, request: Request, context: Context, account: _Account) -> None:
         async with self._submitted(request, account) as output:
-            await context.write(convert.started(request.request_id, request.adapter, len(request.prompt_token_ids)))
+            await self._write(
+                context, convert.started(request.request_id, request.adapter, len(request.prompt_token_ids))
+            )
             end = None
             num_logprobs = 1 + (request.params.logprobs or 0)
             while end is None:
                 chunks, end = await output.read()
                 for chunk in chunks:
                     is_large = len(chunk.logprobs) * num_logprobs > _MAX_LOGPROBS_ON_LOOP
-                    await context.write(await self._off_loop_if(is_large, convert.from_tokens, chunk, self._texts))
-            await context.write(convert.from_finished(_succeeded(end)))
+                    await self._write(
+                        context, await self._off_loop_if(is_large, convert.from_tokens, chunk, self._texts)
+                    )
+            await self._write(context, convert.from_finished(_succeeded(end)))
+
+    async def _write(self, context: Context, message: object) -> None:
+        """Returns once the connection has taken `message`; raises RequestDeadlineExceeded if its client reads nothing.
+
+        Without that, what a request has come to would be held for as long as its client keeps the connection.
+        """
+        try:
+            async with asyncio.timeout(self._config.reader_timeout_s):
+                await context.write(message)
+        except TimeoutError as error:
+            waited = f"for {self._config.reader_timeout_s:g} s"
+            raise RequestDeadlineExceeded(f"nothing of the answer was read {waited}: read it as it comes") from error
 
     @contextlib.asynccontextmanager
     async def _submitted(self, request: Request, account: _Account) -> AsyncIterator[OutputStream]:
@@ -128,10 +144,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 self._engine.cancel(request.request_id)
 
     @contextlib.contextmanager
-    def _accounted(self, context: Context) -> Iterator[_Account]:
+    def _accounted(self, context: Context, adapter: str) -> Iterator[_Account]:
         """Counts the call under its outcome if it ends before the engine has admitted it, for whatever reason."""
         left_s = context.time_remaining()
-        account = _Account(deadline_s=None if left_s is None else time.monotonic() + left_s)
+        # Only a name that exists may become a label.
+        label = adapter if self._lookup.knows(adapter) else ""
+        account = _Account(adapter=label, deadline_s=None if left_s is None else time.monotonic() + left_s)
         outcome = "internal"
         try:
             yield account
@@ -152,7 +170,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _adapter(self, name: str, account: _Account) -> AdapterVersion | None:
         version = await self._lookup.resolve(name)
-        # Only a name that exists may become a label.
         account.adapter = name
         return version
 

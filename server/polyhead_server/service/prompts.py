@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,8 @@ class PromptEncoder:
         for message in messages:
             if message.role not in ROLES:
                 expected = ", ".join(ROLES)
-                raise _invalid("messages.role", message.role, f"role {message.role!r} is unknown: expected {expected}")
+                role = reprlib.repr(message.role)
+                raise _invalid("messages.role", role, f"role {role} is unknown: expected {expected}")
         self._check_bytes("messages", sum(len(message.content.encode("utf-8")) for message in messages))
 
     def _check_bytes(self, field: str, num_bytes: int) -> None:

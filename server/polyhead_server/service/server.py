@@ -37,12 +37,15 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 64 << 20
-"""Well above any prompt that fits, so that a prompt that does not gets our error and not gRPC's."""
+MAX_SENT_BYTES = 64 << 20
+MIN_RECEIVED_BYTES = 16 << 20
+"""Well above any prompt that fits, so that a prompt that does not gets our error and not gRPC's; and twice the longest
+that a large context takes."""
+SPARE_CALLS = 256
+"""Calls at once beside those of queue and batch: what asks for health and adapters, and answers that are still read."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_SENT_BYTES),
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
     # A client whose network is gone is found out, and its requests are cancelled.
@@ -73,9 +76,10 @@ class Service:
         self._store = store
         self._text_executor = ThreadPoolExecutor(2, thread_name_prefix="polyhead-text")
         self._store_executor = ThreadPoolExecutor(2, thread_name_prefix="polyhead-store")
-        lookup = AdapterLookup(store, self._text_executor)
+        lookup = AdapterLookup(store, self._store_executor)
         encoder = PromptEncoder(backbone.tokenizer, vocab_size=backbone.vocab_size, max_model_len=engine.max_model_len)
         texts = TokenTexts(backbone.tokenizer)
+        self._max_received_bytes = max(MIN_RECEIVED_BYTES, min(2 * encoder.max_prompt_bytes, 2**31 - 1))
         self._inference = InferenceService(config, engine, lookup, encoder, texts, metrics, self._text_executor)
         self._adapters = AdaptersService(store, lookup, self._store_executor)
         self._info = InfoService(config, engine, store, backbone)
@@ -85,7 +89,11 @@ class Service:
 
     async def start(self) -> int:
         """Starts store and engine, then listens. Returns the port. Raises ConfigError where it cannot listen."""
-        server = grpc.aio.server(interceptors=[EdgeInterceptor()], options=_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor()],
+            options=(*_OPTIONS, ("grpc.max_receive_message_length", self._max_received_bytes)),
+            maximum_concurrent_rpcs=self._config.max_queued_requests + self._config.max_batch_rows + SPARE_CALLS,
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)  # type: ignore[no-untyped-call]
         adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters, server)  # type: ignore[no-untyped-call]
         server_pb2_grpc.add_ServerServicer_to_server(self._info, server)  # type: ignore[no-untyped-call]
