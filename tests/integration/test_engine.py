@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,38 @@ def test_a_step_that_raises_fails_its_requests_and_no_other(
     with pytest.raises(EngineFailure, match="RuntimeError"):
         assert engine.submit(PROMPT, "a", max_tokens=5).finished
     assert engine.submit(PROMPT, "a", max_tokens=5).tokens() == expected
+
+
+def test_a_lost_device_ends_the_engine(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    with (
+        contextlib.suppress(AssertionError),
+        local_engine(**folders) as engine,
+    ):  # it misses a healthy engine at its end
+        monkeypatch.setattr(engine.engine._runner, "forward", lost)
+        monkeypatch.setattr(engine.engine._runner, "check_device", lost)
+        with pytest.raises(EngineFailure):
+            assert engine.submit(PROMPT, "a", max_tokens=5).finished
+    assert not engine.engine.status().healthy
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-untied"])
+def test_an_adapter_with_peft_s_copies_of_embedding_and_head_is_served(tmp_path: Path, kind: str) -> None:
+    backbone = save_backbone(kind, tmp_path / "backbone")
+    for name, copies in (("with", "auto"), ("without", False)):
+        save_adapter(
+            backbone,
+            tmp_path / "adapters" / name,
+            seed=1,
+            r=4,
+            target_modules=["q_proj", "embed_tokens", "lm_head"],
+            save_embedding_layers=copies,
+        )
+    with local_engine(backbone, tmp_path / "cache", adapters=tmp_path / "adapters") as engine:
+        answers = [engine.submit(PROMPT, name, max_tokens=5).tokens() for name in ("with", "without")]
+    assert answers[0] == answers[1]
 
 
 def test_logits_that_are_not_numbers_fail_their_row_alone(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:

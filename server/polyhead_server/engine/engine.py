@@ -218,6 +218,7 @@ class Engine:
             failure = EngineFailure(f"the step failed with an internal error ({type(error).__name__})")
             with self._lock:
                 self._abort({one.live.request.request_id for one in work}, failure)
+            self._runner.check_device()
             return
         with self._lock:
             self._deliver(step, work)

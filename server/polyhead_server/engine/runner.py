@@ -90,6 +90,11 @@ class Runner:
             return self.graphs(batch)
         return self._logits(batch.to(self.backbone.device))
 
+    def check_device(self) -> None:
+        """Raises where the device is lost: every step would fail from now on."""
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.backbone.device)
+
     def _logits(self, batch: StepBatch) -> Tensor:
         self._step.batch = batch
         try:
