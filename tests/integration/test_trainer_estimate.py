@@ -21,7 +21,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_trainer import backbones, evaluate, methods
 from polyhead_trainer.config import RunConfig, TogetherConfig, load_run
-from polyhead_trainer.estimate import estimate
+from polyhead_trainer.estimate import empty_backbone, estimate
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.tasks.classification import ClassificationEvaluator
 from polyhead_trainer.tasks.preference import PreferenceEvaluator
@@ -35,6 +35,10 @@ BIG = "training.batch_size=18"
 TASKS: dict[str, Callable[[Path], RunConfig]] = {
     "int8": lambda folder: configuration(folder, BIG),
     "llm.int8": lambda folder: configuration(folder, BIG, "backbone.quantization=llm.int8"),
+    "nf4": lambda folder: configuration(folder, BIG, "backbone.quantization=nf4"),
+    "nf4 in bfloat16": lambda folder: configuration(
+        folder, BIG, "backbone.quantization=nf4", "backbone.dtype=bfloat16"
+    ),
     "full": lambda folder: configuration(
         folder, BIG, "adapter={method = 'full'}", "backbone.quantization=none", "backbone.dtype=float32"
     ),
@@ -88,13 +92,25 @@ class Meter:
 def held_by(model: nn.Module) -> int:
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     packed = [layer._packed for layer in model.modules() if isinstance(layer, Int8Linear)]
-    # bitsandbytes keeps its scales beside the parameters, where nothing that lists parameters or buffers finds them.
-    scales = [w.SCB for w in model.parameters() if getattr(w, "SCB", None) is not None]
     return (
         sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         + sum(layer.num_bytes() for layer in packed if layer is not None)
-        + sum(scale.nbytes for scale in scales)
+        + scale_bytes(model)
     )
+
+
+def scale_bytes(model: nn.Module) -> int:
+    """Of what bitsandbytes keeps beside the parameters, where nothing that lists parameters or buffers finds it."""
+    found = 0
+    for weight in model.parameters():
+        if getattr(weight, "SCB", None) is not None:
+            found += weight.SCB.nbytes
+        if (four_bit := getattr(weight, "quant_state", None)) is not None:
+            scales = four_bit.state2
+            found += sum(
+                t.nbytes for t in (four_bit.absmax, four_bit.code, four_bit.offset, scales.absmax, scales.code)
+            )
+    return found
 
 
 def fullest(run: Callable[[], object]) -> tuple[int, int]:
@@ -110,8 +126,15 @@ def fullest(run: Callable[[], object]) -> tuple[int, int]:
     return peak, held
 
 
+def allow_nf4_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hardly learns there, but holds what it holds."""
+    for module in (backbones, empty_backbone):
+        monkeypatch.setattr(module, "check_loadable", lambda *_: None)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_peak_is_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    allow_nf4_on_the_cpu(monkeypatch)
     config = TASKS[name](tmp_path)
     meter = Meter(monkeypatch)
     run_quietly(config)
@@ -140,14 +163,15 @@ def test_adapters_trained_together_have_the_peak_of_their_run(tmp_path: Path, mo
         estimate(config, nproc=2)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "none", "llm.int8"])
-def test_weights_and_adapter_are_what_a_run_holds(tmp_path: Path, quantization: str) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "none", "llm.int8", "nf4"])
+def test_weights_and_adapter_are_what_a_run_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    allow_nf4_on_the_cpu(monkeypatch)
     config = configuration(tmp_path, f"backbone.quantization={quantization}")
     predicted = estimate(config)
     backbone = backbones.load(config.backbone)
-    # bitsandbytes keeps its scales beside the parameters, where nothing that lists parameters or buffers finds them.
-    scales = sum(w.SCB.nbytes for w in backbone.model.parameters() if getattr(w, "SCB", None) is not None)
-    assert predicted.weights == pytest.approx(backbone.num_bytes + scales, rel=0.01)
+    assert predicted.weights == pytest.approx(backbone.num_bytes + scale_bytes(backbone.model), rel=0.01)
     model = methods.tune(backbone, config.adapter, 0).model
     assert predicted.adapter == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert predicted.optimizer == 2 * predicted.gradients == 2 * predicted.adapter

@@ -15,20 +15,15 @@ from polyhead_core.backbone.calibrate import MAX_OUTLIER_COLUMNS
 from polyhead_core.backbone.checkpoint import CheckpointReader
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.load import empty_model, replace_module
-from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.backbones import check_loadable, compute_dtype, is_encoder_decoder
 from polyhead_trainer.config import BackboneSection
+from polyhead_trainer.estimate.empty_nf4 import EmptyNf4Linear
 
 
 def empty_backbone(settings: BackboneSection) -> Backbone:
     """Raises BackboneError, ConfigError."""
-    if settings.quantization == "nf4":
-        raise ConfigError(
-            "backbone.quantization = nf4 cannot be estimated: its weights take a little more than half of what "
-            "backbone.quantization = llm.int8 is estimated to take"
-        )
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
     compute = compute_dtype(settings)
@@ -53,13 +48,17 @@ def _empty_tree(directory: Path, quantization: str, compute: torch.dtype) -> Pre
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if quantization != "none" and type(module) is nn.Linear and (quantization == "int8" or module is not head):
-            replace_module(model, path, _int8_layer(module, calibrated=quantization == "int8"))
+            if quantization == "nf4":
+                layer: nn.Module = EmptyNf4Linear(module, compute)
+            else:
+                layer = _int8_layer(module, calibrated=quantization == "int8")
+            replace_module(model, path, layer)
     if quantization == "int8":
         _keep_table(model, directory, compute)
         return model
     others = [module for module in model.modules() if not any(True for _ in module.children())]
     for module in [model] if quantization == "none" else others:
-        if not isinstance(module, Int8Linear):
+        if not isinstance(module, (Int8Linear, EmptyNf4Linear)):
             nn.Module.to(module, compute)
     _tie(model)
     return model
