@@ -24,7 +24,7 @@ class ServerConfig:
     device: str = "cpu"
     """`cpu` or `cuda`."""
     cache_dir: str = ""
-    """Where converted backbones are kept; empty: `$POLYHEAD_CACHE`, `$XDG_CACHE_HOME/polyhead` or `~/.cache/polyhead`."""
+    """Where converted backbones are kept; empty: `$POLYHEAD_CACHE`, `$XDG_CACHE_HOME/polyhead`, `~/.cache/polyhead`."""
     adapters: str = ""
     """Folder whose sub-folders are adapters, named after them; empty: none."""
     listen: str = "127.0.0.1:50051"
