@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from last_results import print_origin
+
+Row = dict[str, Any]
+
 NAMES = {"dedicated": "N dedicated models", "swapped": "one, swapped", "polyhead": "Polyhead"}
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: Row, last: Row | None) -> None:
+    """Beside throughput and publication what the last committed run said of the same."""
     machine, backbone, options = report["machine"], report["backbone"], report["options"]
     print(f"\n{machine['cpu']}, {machine['cores']} cores; torch {machine['versions']['torch']}", end="")
     print(f"; commit {machine['commit'][:12]}{' with changes' if machine['uncommitted_changes'] else ''}")
@@ -18,7 +23,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     print("; ".join(f"{name}: {text}" for name, text in report["workload"].items() if isinstance(text, str)))
     print(f"\nmemory and throughput; medians of {options['repeats']} loops\n")
-    _print_systems(report["rows"])
+    _print_systems(report["rows"], last["rows"] if last else [])
     print(
         f"\ncost at {options['price_per_hour']:g} per machine-hour, {machine['memory_bytes'] / 2**30:.0f} GiB a "
         f"machine, {options['usable']:.0%} of it usable; 730 hours a month\n"
@@ -28,12 +33,14 @@ def print_report(report: dict[str, Any]) -> None:
     _print_tenants(report["bytes_per_extra_tenant"])
     _print_claim(report)
     print("\nfrom 'adapter published' (folder moved into place) to 'first token', over gRPC, measured\n")
-    _print_publications(report["publications"])
+    _print_publications(report["publications"], last["publications"] if last else [])
     _print_projection(report["projection"], options)
+    print_origin(last, machine)
 
 
-def _print_systems(rows: Sequence[dict[str, Any]]) -> None:
-    lines = [("N", "system", "memory", "disk", "tok/s", "", "rows/step", "swaps", "basis")]
+def _print_systems(rows: Sequence[Row], last: Sequence[Row]) -> None:
+    before = {(row["fine_tunes"], row["system"]): f"{row['output_tokens_per_s']:.1f}" for row in last}
+    lines = [("N", "system", "memory", "disk", "tok/s", "", "last tok/s", "rows/step", "swaps", "basis")]
     for row in rows:
         low, high = row["output_tokens_per_s_min"], row["output_tokens_per_s_max"]
         lines.append(
@@ -44,6 +51,7 @@ def _print_systems(rows: Sequence[dict[str, Any]]) -> None:
                 size(row["disk_bytes"]) if "disk_bytes" in row else "",
                 f"{row['output_tokens_per_s']:.1f}",
                 f"[{low:.1f}, {high:.1f}]",
+                before.get((row["fine_tunes"], row["system"]), ""),
                 f"{row['mean_rows']:.1f}",
                 f"{row['swaps']:.0f}" if "swaps" in row else "",
                 row["basis"],
@@ -56,7 +64,7 @@ def _print_systems(rows: Sequence[dict[str, Any]]) -> None:
             print(f"N = {row['fine_tunes']}: {share:.0%} of the merged models' answers begin as Polyhead's do")
 
 
-def _print_costs(rows: Sequence[dict[str, Any]]) -> None:
+def _print_costs(rows: Sequence[Row]) -> None:
     header = ("N", "system", "demand tok/s", "machines", "(memory,", "demand)", "per month", "per fine-tune")
     lines = [(*header, "per 1M tokens")]
     for row in rows:
@@ -77,7 +85,7 @@ def _print_costs(rows: Sequence[dict[str, Any]]) -> None:
     print_table(lines)
 
 
-def _print_tenants(tenants: dict[str, Any]) -> None:
+def _print_tenants(tenants: Row) -> None:
     lines = [("system", "memory", "disk", "basis")]
     for name, entry in tenants.items():
         disk = size(entry["disk"]) if "disk" in entry else ""
@@ -85,7 +93,7 @@ def _print_tenants(tenants: dict[str, Any]) -> None:
     print_table(lines)
 
 
-def _print_claim(report: dict[str, Any]) -> None:
+def _print_claim(report: Row) -> None:
     """'A few MB per task in place of several GB', as it stands for this backbone and for one of 7B."""
     tenants, seven = report["bytes_per_extra_tenant"], report["projection"]["shapes"]["Llama-2-7B"]
     ours, whole = tenants["polyhead"]["memory"], tenants["dedicated_bf16"]["memory"]
@@ -98,20 +106,22 @@ def _print_claim(report: dict[str, Any]) -> None:
     )
 
 
-def _print_publications(publications: Sequence[dict[str, Any]]) -> None:
-    lines: list[tuple[str, ...]] = [
-        ("adapters there", "times", "published to first token, ms", "", "the same adapter again, ms", "")
-    ]
+def _print_publications(publications: Sequence[Row], last: Sequence[Row]) -> None:
+    before = {one["registered_adapters"]: one for one in last}
+    titles = ("adapters there", "times", "published to first token, ms", "", "last", "the same again, ms", "", "last")
+    lines: list[tuple[str, ...]] = [titles]
     for one in publications:
+        earlier = before.get(one["registered_adapters"])
         cells = [str(one["registered_adapters"]), str(len(one["publications"]))]
         for name in ("published_to_first_token_s", "again_to_first_token_s"):
             low, high = one[f"{name}_min"] * 1000, one[f"{name}_max"] * 1000
             cells += [f"{one[f'{name}_median'] * 1000:.0f}", f"[{low:.0f}, {high:.0f}]"]
+            cells.append(f"{earlier[f'{name}_median'] * 1000:.0f}" if earlier else "")
         lines.append(tuple(cells))
     print_table(lines)
 
 
-def _print_projection(projection: dict[str, Any], options: dict[str, Any]) -> None:
+def _print_projection(projection: Row, options: Row) -> None:
     print("\nbytes by counting (int8 as Polyhead holds it; adapters in the device pool)\n")
     recipes = list(projection["shapes"]["Llama-2-7B"]["adapters"])
     lines = [("shape", "parameters", "bf16", "int8", *recipes, "of the bf16 model")]

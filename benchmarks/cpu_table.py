@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from last_results import last_result
 from machine import machine_facts, say_if_busy
 from peers.cases import CASES, PEER_TITLES, Case
 from peers.process import PeerFailed, Worker
@@ -29,8 +30,6 @@ from transformers import AutoTokenizer
 
 Row = dict[str, Any]
 
-LAST_RESULTS = Path(__file__).parent / "results"
-"""Committed results of earlier runs, each on the machine that it names: cpu_table_*.json."""
 SANITY_QUESTION = "What is the capital of France? Answer in one sentence."
 SANITY_WORD = "Paris"
 SANITY_TOKENS = 24
@@ -89,8 +88,7 @@ def main() -> None:
     machine = machine_facts()
     say_if_busy(machine)
     began_s = time.monotonic()
-    # Before anything is written: --out may name the very same file.
-    last = _last_result(machine)
+    last = last_result("cpu_table", machine)
     cases = [case.smoke() if options.quick else case for case in CASES if case.key in options.cases]
     with tempfile.TemporaryDirectory(prefix="polyhead-bench-") as folder, contextlib.ExitStack() as stack:
         setup = Setup(
@@ -135,13 +133,6 @@ def _options() -> argparse.Namespace:
     if options.quick:
         options.repeats = options.slow_repeats = 1
     return options
-
-
-def _last_result(machine: Row) -> Row | None:
-    """Of the committed results one of a machine with the same vector extensions, or any."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(LAST_RESULTS.glob("cpu_table_*.json"))]
-    alike = [result for result in results if result["machine"]["isa"] == machine["isa"]]
-    return next(iter(alike + results), None)
 
 
 def _native_dtype() -> str:

@@ -26,6 +26,7 @@ from cost_publish import publish_repeatedly
 from cost_report import print_report
 from cost_systems import Row, Swap, Systems, same_first_tokens
 from cost_table import Machine, cost
+from last_results import last_result
 from machine import machine_facts, say_if_busy
 from serving_workload import OUTPUT_TOKENS, PROMPT_TOKENS, RANKS, TARGETS, ZIPF_EXPONENT
 
@@ -40,13 +41,14 @@ def main() -> None:
         raise SystemExit("the plots need matplotlib: pip install -c constraints.txt 'polyhead[bench]'")
     machine = machine_facts()
     say_if_busy(machine)
+    last = last_result("deployment_cost", machine)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="polyhead-cost-", dir=options.scratch) as folder:
         report = _measure(options, machine, Path(folder))
     report["wall_s"] = time.monotonic() - began_s
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print_report(report)
+    print_report(report, last)
     from cost_plots import write_plots
 
     files = write_plots(report, options.out)

@@ -5,7 +5,8 @@
 steps: 1, 8 and 64 rows, without adapters and with a distinct rank-16 adapter on all linear layers each, against the
 time that reading weights, KV and adapters once takes at the device's measured bandwidth. cold: first token of an
 adapter that is in host memory, and of the same adapter again. zipf: a closed loop over 1,000 registered adapters, and
-over one. peer: the same step by peft with adapter_names over bitsandbytes' int8. --device cpu only tries it all out.
+over one. peer: the same step by peft with adapter_names over bitsandbytes' int8. Beside each figure stands what the
+last committed run measured. --device cpu only tries it all out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cost_report import print_table
 from decode_steps import DecodeLoad, Row, add_bandwidth_limit, measure_decode
 from gpu_kernels import require_device
 from in_process import InProcessEngine, engine_with, load_adapter
+from last_results import GPU_KIND, last_result, print_origin
 from machine import machine_facts
 from random_backbone import SHAPES, random_backbone, write_random_adapters
 from serving_workload import TARGETS, draw_asks
@@ -42,17 +44,20 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda":
         require_device()
-    report: Row = {"machine": machine_facts() | {"device": _device_name(device)}, "options": _shown(options)}
+    machine = machine_facts() | {"device": _device_name(device)}
+    last = last_result("gpu_decode", machine, GPU_KIND)
+    report: Row = {"machine": machine, "options": _shown(options)}
     report["bytes_per_s"] = read_bandwidth(device, options.array_gib)
     print(f"{_device_name(device)}: {report['bytes_per_s'] / 1e9:,.0f} GB/s read")
     runs = {"steps": steps, "cold": cold, "zipf": zipf, "peer": peer}
     for part in options.parts:
         began_s = time.monotonic()
-        report[part] = runs[part](options, device, report)
+        report[part] = runs[part](options, device, report, (last or {}).get(part))
         print(f"({part}: {time.monotonic() - began_s:.0f} s)")
         _free(device)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")  # after each part: a later one may not end
+    print_origin(last, machine)
 
 
 def _options() -> argparse.Namespace:
@@ -127,7 +132,7 @@ def _room_for(count: int, per_adapter: int) -> int:
     return count * per_adapter * 17 // 16 + (8 << 20)
 
 
-def steps(options: argparse.Namespace, device: torch.device, report: Row) -> list[Row]:
+def steps(options: argparse.Namespace, device: torch.device, report: Row, last: list[Row] | None) -> list[Row]:
     backbone, most = _backbone(options, device), max(options.rows)
     load = DecodeLoad(context=options.context, steps=options.steps, repeats=options.repeats, seed=options.seed)
     found = []
@@ -144,17 +149,19 @@ def steps(options: argparse.Namespace, device: torch.device, report: Row) -> lis
                     row = measure_decode(engine, rows, adapters, load)
                     add_bandwidth_limit(row, report["bytes_per_s"])
                     found.append(row)
-    lines = [("rows", "adapters", "tok/s", "step ms", "forward ms", "limit ms", "of the limit")]
+    before = {(row["rows"], row["distinct_adapters"]): f"{row['step_s'] * 1000:.2f}" for row in last or []}
+    lines = [("rows", "adapters", "tok/s", "step ms", "forward ms", "limit ms", "of the limit", "last step ms")]
     for row in found:
         seconds = (row["step_s"], row["phase_s"]["forward"], row["bandwidth_limit_s"])
         cells = (str(row["rows"]), str(row["distinct_adapters"]), f"{row['tokens_per_s']:,.0f}")
         times = (f"{one * 1000:.2f}" for one in seconds)
-        lines.append((*cells, *times, f"{row['share_of_bandwidth_limit']:.0%}"))
+        earlier = before.get((row["rows"], row["distinct_adapters"]), "")
+        lines.append((*cells, *times, f"{row['share_of_bandwidth_limit']:.0%}", earlier))
     print_table(lines)
     return found
 
 
-def cold(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
+def cold(options: argparse.Namespace, device: torch.device, _: Row, last: Row | None) -> Row:
     """The pool holds half of the adapters, so that each one asked in turn has to come from host memory."""
     backbone, count = _backbone(options, device), 8
     with tempfile.TemporaryDirectory(prefix="polyhead-gpu-") as folder:
@@ -178,6 +185,7 @@ def cold(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
     print(
         f"first token: {statistics.median(cold_s) * 1000:.1f} ms cold, {statistics.median(warm_s) * 1000:.1f} ms warm, "
         f"difference {difference * 1000:.1f} ms (medians of {COLD_ROUNDS})"
+        + (f"; last difference {last['median_difference_s'] * 1000:.1f} ms" if last else "")
     )
     return result
 
@@ -192,7 +200,7 @@ def _first_token_s(engine: InProcessEngine, name: str, options: argparse.Namespa
     return answer.first_token_s - began_s
 
 
-def zipf(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
+def zipf(options: argparse.Namespace, device: torch.device, _: Row, last: Row | None) -> Row:
     backbone = _backbone(options, device)
     with tempfile.TemporaryDirectory(prefix="polyhead-gpu-") as folder:
         names = write_random_adapters(Path(folder), backbone, options.registered, 8, ZIPF_TARGETS, seed=options.seed)
@@ -215,12 +223,12 @@ def zipf(options: argparse.Namespace, device: torch.device, _: Row) -> Row:
     medians = {kind: statistics.median(found) for kind, found in tokens_per_s.items()}
     print(
         f"{options.registered} adapters by Zipf: {medians['many']:,.0f} tokens/s; one adapter: {medians['one']:,.0f}; "
-        f"ratio {medians['many'] / medians['one']:.2f}"
+        f"ratio {medians['many'] / medians['one']:.2f}" + (f"; last ratio {last['ratio']:.2f}" if last else "")
     )
     return {"tokens_per_s": tokens_per_s, "ratio": medians["many"] / medians["one"]}
 
 
-def peer(options: argparse.Namespace, device: torch.device, report: Row) -> Row | None:
+def peer(options: argparse.Namespace, device: torch.device, report: Row, last: Row | None) -> Row | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         print("peer: bitsandbytes is not installed: not measured")
         return None
@@ -231,6 +239,8 @@ def peer(options: argparse.Namespace, device: torch.device, report: Row) -> Row 
     ours = [row for row in report.get("steps", []) if row["rows"] == rows and row["distinct_adapters"] == rows]
     ratio = seconds / ours[0]["step_s"] if ours else None
     said = f"; Polyhead {ratio:.1f} times as fast" if ratio else ""
+    if last and last["ratio"]:
+        said += f", last {last['ratio']:.1f} times"
     print(f"peft + bitsandbytes int8, {rows} rows with {rows} adapters: {seconds * 1000:,.1f} ms a step{said}")
     return {"rows": rows, "step_s": seconds, "ratio": ratio}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from last_results import print_origin
+
 Row = dict[str, Any]
 
 _COLUMNS = (
@@ -38,8 +40,7 @@ def print_report(report: Row, last: Row | None) -> None:
         print(f"{name}: {_versions(system)}")
         said = " ".join(system["sanity"]["text"].split())
         print(f"    asked {report['sanity_question']!r}: {said!r}{'' if system['sanity']['ok'] else ': NOT SENSIBLE'}")
-    if last:
-        print(f"\nlast committed result: {_origin(last, machine)}")
+    print_origin(last, machine)
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -76,10 +77,3 @@ def _versions(system: Row) -> str:
     facts = [f"{name} {version}" for name, version in system["versions"].items()]
     facts += [f"{name}={value}" for name, value in system["settings"].items() if name != "adapters"]
     return ", ".join(facts)
-
-
-def _origin(last: Row, machine: Row) -> str:
-    there = last["machine"]
-    same = all(there.get(key) == machine.get(key) for key in ("cpu", "isa", "cores"))
-    where = "this kind of machine" if same else f"another machine ({there['cpu']}, {there['cores']} cores)"
-    return f"commit {there['commit'][:12]}, seed {last['options']['seed']}, {where}"

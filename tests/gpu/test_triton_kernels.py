@@ -89,6 +89,51 @@ def test_rows_of_zeros_and_of_huge_numbers() -> None:
     assert torch.isfinite(y).all()
 
 
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none_and_stays_in_its_row(outlier: bool, value: float) -> None:
+    """Through what quantises rows: plain, after a norm and after a gate; in an outlier column and in another."""
+    layer = random_layer(seeded(3), 64, 32)
+    columns = set(layer.outlier_columns.tolist())
+    column = min(columns if outlier else set(range(64)) - columns)
+    x, weight = normal(seeded(4), 5, 64), normal(seeded(5), 64)
+    spoiled = x.clone()
+    spoiled[2, column] = value
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        ways = [
+            quantize.quantize_rows(x, layer.input_scale, layer.outlier_columns),
+            quantize.rms_norm_quantize(x, weight, 1e-5, layer.input_scale, layer.outlier_columns),
+            *(quantize.gated_quantize(x, x, one, layer.input_scale, layer.outlier_columns) for one in Activation),
+        ]
+        return [
+            product(rows, layer.weight, layer.SCB, layer.outlier_weight, layer.bias)
+            for rows in ways
+            for product in (int8_linear.int8_product, int8_linear.int8_product_cublas)
+        ]
+
+    for found, expected in zip(results(spoiled), results(x), strict=True):
+        assert not found[2].isfinite().any()
+        assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_query_that_is_no_number_spoils_its_own_row_alone(
+    split: bool, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SEGMENT", 32)
+    p = random_pages(2)
+    rest = (p["k"], p["v"], p["tables"], p["sequence"], p["positions"], 0.2)
+    expected = attention.paged_attention(p["q"], *rest, split=split)
+    p["q"][3, 4, 5] = value
+    found = attention.paged_attention(p["q"], *rest, split=split)
+    assert not found[3, 4].isfinite().any()
+    others = torch.ones(found.shape[:2], dtype=torch.bool)
+    others[3, 4] = False
+    assert torch.equal(found[others], expected[others])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("seed", range(2))
 def test_the_weight_only_product_equals_the_reference(seed: int, dtype: torch.dtype) -> None:

@@ -100,6 +100,20 @@ def test_int8_backward_equals_the_reference_and_rows_alone(seed: int, dtype: tor
                 assert ((alone - found[row]).abs() <= 2 * allowed[row]).all()
 
 
+def test_what_needs_no_padding_for_cublas_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded: list[tuple[int, ...]] = []
+
+    def pad(x: torch.Tensor, missing: tuple[int, ...]) -> torch.Tensor:
+        padded.append(missing)
+        return torch.nn.functional.pad(x, missing)
+
+    monkeypatch.setattr(reference, "pad", pad)
+    for rows, out, width in ((64, 40, 96), (3, 40, 96), (64, 33, 95)):
+        q, weight = (torch.ones(size, width, dtype=torch.int8, device="meta") for size in (rows, out))
+        assert reference.int8_product(q, weight).shape == (rows, out)
+    assert padded == [(0, 0, 0, 29), (0, 1, 0, 0), (0, 1, 0, 7)]
+
+
 def test_int8_backward_of_no_rows() -> None:
     weight = torch.ones(6, 5, dtype=torch.int8)
     assert dispatch.int8_linear_backward(torch.zeros(0, 6), weight, torch.ones(6)).shape == (0, 5)

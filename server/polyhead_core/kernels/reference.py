@@ -29,10 +29,14 @@ def int8_product(q_TI: Tensor, weight_OI: Tensor) -> Tensor:
     if q_TI.device.type == "cpu":
         return torch._int_mm(q_TI, weight_OI.t())
     # cuBLAS wants more than 16 rows and widths that are multiples of 8; zeros add nothing to a sum of products.
-    rows, width, out = q_TI.shape[0], q_TI.shape[1], weight_OI.shape[0]
-    q_padded = pad(q_TI, (0, -width % 8, 0, -rows % 32))
-    weight_padded = pad(weight_OI, (0, -width % 8, 0, -out % 8))
-    return torch._int_mm(q_padded, weight_padded.t())[:rows, :out]
+    rows, out = q_TI.shape[0], weight_OI.shape[0]
+    return torch._int_mm(_filled_up(q_TI, 32, 8), _filled_up(weight_OI, 8, 8).t())[:rows, :out]
+
+
+def _filled_up(x_TI: Tensor, rows: int, width: int) -> Tensor:
+    """x with zeros up to multiples of `rows` and `width`; x itself where nothing is missing, which pad would copy."""
+    missing = (0, -x_TI.shape[1] % width, 0, -x_TI.shape[0] % rows)
+    return pad(x_TI, missing) if any(missing) else x_TI
 
 
 def int8_linear(

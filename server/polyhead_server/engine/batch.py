@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class BatchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
+    """The rows stand sorted by adapter slot; their logits come in the order in which they were handed over."""
+
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     sequence: Tensor  # [T] int32: row of block_tables
@@ -58,12 +61,10 @@ class StepBatch:
         """A copy on the device whose tensors lie one behind the other: they all come there in one transfer."""
         flat = torch.empty_like(host := self._bytes(device), device=device)
         flat.copy_(host, non_blocking=True)
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        pieces = flat.split([tensor.nbytes for tensor in tensors.values()])
-        views = {
-            name: piece.view(tensor.dtype).view(tensor.shape)
-            for (name, tensor), piece in zip(tensors.items(), pieces, strict=True)
-        }
+        views: dict[str, Any] = {}
+        for name, place in self._places():
+            tensor: Tensor = getattr(self, name)
+            views[name] = flat[place].view(tensor.dtype).view(tensor.shape)
         return replace(self, **views, flat=flat)
 
     def take_over(self, host: StepBatch) -> None:
@@ -73,35 +74,58 @@ class StepBatch:
 
     def _bytes(self, device: torch.device) -> Tensor:
         """Of all tensors, on the host, from where the device can fetch them by itself."""
-        flat = torch.cat([getattr(self, name).reshape(-1).view(torch.uint8) for name in _TENSORS])
-        return flat.pin_memory() if device.type == "cuda" else flat
+        places = self._places()
+        flat = torch.empty(_aligned(places[-1][1].stop), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for name, place in places:
+            flat[place] = getattr(self, name).reshape(-1).view(torch.uint8)
+        return flat
+
+    def _places(self) -> list[tuple[str, slice]]:
+        """Where the bytes of each tensor lie in one piece."""
+        places, begin = [], 0
+        for name in _TENSORS:
+            end = begin + getattr(self, name).nbytes
+            places.append((name, slice(begin, end)))
+            begin = _aligned(end)
+        return places
 
 
 _TENSORS = (
-    "token_ids", "positions", "slot_mapping", "logit_rows",  # of eight bytes each, which the others must not displace
-    "sequence", "block_tables", "adapter_slots", "logit_slots",
+    "token_ids", "positions", "slot_mapping", "logit_rows", "sequence", "block_tables", "adapter_slots", "logit_slots",
 )  # fmt: skip
 
 
+def _aligned(num_bytes: int) -> int:
+    """Up to a multiple of 16: for a pointer that is none Triton would compile a kernel once more, while serving."""
+    return -(-num_bytes // 16) * 16
+
+
 def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool) -> StepBatch:
-    """Lays `rows` out in a line, on the host; their logits come in the same order."""
+    """Lays `rows` out in a line, on the host, sorted by adapter slot; their logits come in the order of `rows`.
+
+    So the rows of an adapter stand together, which kernels for many rows make use of (triton/low_rank.py); of what is
+    computed for a row it changes no bit.
+    """
     block_size = kv.shape.block_size
     tokens: list[int] = []
     positions: list[int] = []
     sequence: list[int] = []
     slot_mapping: list[int] = []
     slots: list[int] = []
-    logit_rows: list[int] = []
-    for index, row in enumerate(rows):
+    logits_of = [range(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: rows[index].slot)
+    for place, index in enumerate(order):
+        row = rows[index]
         tokens.extend(row.token_ids)
         span = range(row.start, row.start + len(row.token_ids))
         positions.extend(span)
-        sequence.extend([index] * len(span))
+        sequence.extend([place] * len(span))
         slots.extend([row.slot] * len(span))
         slot_mapping.extend(row.block_ids[at // block_size] * block_size + at % block_size for at in span)
-        logit_rows.extend(range(len(tokens) - row.num_logits, len(tokens)))
+        logits_of[index] = range(len(tokens) - row.num_logits, len(tokens))
+    logit_rows = [at for positions_of_row in logits_of for at in positions_of_row]
     width = max(len(row.block_ids) for row in rows)
-    block_tables = [[*row.block_ids, *[0] * (width - len(row.block_ids))] for row in rows]
+    block_tables = [[*rows[index].block_ids, *[0] * (width - len(rows[index].block_ids))] for index in order]
 
     # By way of NumPy, which takes a list of numbers in a fifth of torch's time.
     def int32(values: object) -> Tensor:

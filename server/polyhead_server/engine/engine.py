@@ -77,7 +77,12 @@ class Engine:
             fuse=config.fuse_layers,
             record=config.cuda_graphs,
         )
-        self._runner.warm_up(config.max_batch_rows, store.tables)
+        self._runner.warm_up(
+            config.max_batch_rows,
+            store.tables,
+            max_tokens=config.max_batch_tokens,
+            max_context=self.max_model_len,
+        )
         self._eos_token_ids = backbone.eos_token_ids
         self._decoder = backbone.tokenizer.backend_tokenizer
         self._blocks = BlockManager(self._runner.kv.num_blocks, config.kv_block_size, config.prefix_caching)

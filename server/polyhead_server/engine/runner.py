@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +19,19 @@ from polyhead_core.backbone import Backbone
 from polyhead_core.errors import BackboneError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels.tables import AdapterTables
+from polyhead_core.sites import SiteKind
 from polyhead_server.engine import attention
 from polyhead_server.engine.attention import AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.fused_decoder import fuse_decoder, run_tree
 from polyhead_server.engine.site_modules import CurrentStep, attach
-from polyhead_server.engine.step_graphs import SIZES, CudaRecorder, StepGraphs
+from polyhead_server.engine.step_graphs import SEGMENT, SIZES, CudaRecorder, StepGraphs
 from polyhead_server.kvcache.pool import KVPool, KVShape
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_LIMIT_S = 180.0
+"""After which a server listens, whatever has not been compiled yet."""
 
 
 class Runner:
@@ -67,18 +76,54 @@ class Runner:
         """The step's batch, on the host."""
         return build_batch(rows, tables, self.kv)
 
-    def warm_up(self, max_rows: int, tables: AdapterTables) -> None:
-        """Records decode steps of up to `max_rows` rows before a request has to wait for it; for an engine at rest.
+    def warm_up(
+        self,
+        max_rows: int,
+        tables: AdapterTables,
+        *,
+        max_tokens: int,
+        max_context: int,
+        limit_s: float = WARM_UP_LIMIT_S,
+    ) -> None:
+        """Runs steps of the sizes that serving will meet, on CUDA, for an engine at rest: see _sizes_to_meet.
 
-        On the way kernels are compiled and products measured, which takes minutes the first time on a machine.
+        Each compiles its kernels and measures its products, which takes minutes the first time on a machine, and decode
+        steps are recorded. With adapters means at every linear layer but the head, so that a recording looks there for
+        each adapter: two launches a layer's group of sites, which find nothing to do where it has no weights. Not
+        covered: adapters on embedding, head and biases of norms, more logits in a step than rows (scores), and what is
+        left when `limit_s` have passed or memory is short. That takes its time at its first request.
         """
-        if self.graphs is None:
+        if self.backbone.device.type != "cuda" and self.graphs is None:
             return
-        sizes = SIZES[: bisect.bisect_left(SIZES, max_rows) + 1]
-        for size in reversed(sizes):  # the largest first: smaller ones fit into the memory that it leaves
-            blocks = [(row % self.kv.num_blocks,) for row in range(size)]
-            rows = [BatchRow(token_ids=[0], start=0, block_ids=block, slot=-1) for block in blocks]
-            self.forward(self.prepare(rows, tables))
+        linear = frozenset(
+            site.index for site in self.backbone.sites if site.kind is SiteKind.LINEAR and not site.is_head
+        )
+        num_tokens = self.kv.num_blocks * self.kv.shape.block_size
+        context = min(max_context, self.backbone.max_position_embeddings, num_tokens)
+        sizes = list(_sizes_to_meet(max_rows, max_tokens, context))
+        deadline_s = time.monotonic() + limit_s
+        for place, size in enumerate(sizes):
+            if time.monotonic() > deadline_s:
+                logger.warning("%d of %d sizes of steps are met before the first request", place, len(sizes))
+                return
+            batch = self.prepare(self._rows_of(size), tables)
+            try:
+                self.forward(replace(batch, active_sites=linear) if size.adapted else batch)
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory for a step of %d tokens at the start: %s", batch.num_tokens, error)
+
+    def _rows_of(self, size: _StepSize) -> list[BatchRow]:
+        """Rows without an adapter over blocks that are nobody's."""
+        num_blocks = -(-size.context // self.kv.shape.block_size)
+        return [
+            BatchRow(
+                token_ids=[0] * size.tokens_a_row,
+                start=0,
+                block_ids=[(row + block) % self.kv.num_blocks for block in range(num_blocks)],
+                slot=-1,
+            )
+            for row in range(size.rows)
+        ]
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -103,6 +148,38 @@ class Runner:
         finally:
             self._step.batch = None
         return logits.float()
+
+
+@dataclass(frozen=True)
+class _StepSize:
+    rows: int
+    tokens_a_row: int
+    context: int
+    """Tokens for which the block tables have room."""
+    adapted: bool
+
+
+def _sizes_to_meet(max_rows: int, max_tokens: int, max_context: int) -> Iterator[_StepSize]:
+    """Each without adapters and with them, what most requests begin with first.
+
+    Decodes of all SIZES up to `max_rows` over tables of one segment; prefills of 2, 4, 8 ... and `max_tokens` tokens;
+    then the same decodes, and one prefill, over tables of two, four ... segments up to `max_context` tokens.
+    """
+    decodes = [*SIZES[: bisect.bisect_left(SIZES, max_rows) + 1], *([max_rows] if max_rows > SIZES[-1] else [])]
+    prefills = [*(1 << power for power in range(1, max_tokens.bit_length()) if 1 << power < max_tokens), max_tokens]
+    for adapted in (False, True):
+        for rows in reversed(decodes):  # the largest first: smaller ones fit into the memory that it leaves
+            yield _StepSize(rows, 1, min(SEGMENT, max_context), adapted)
+        for tokens in prefills:
+            rows = -(-tokens // max_context)
+            yield _StepSize(rows, tokens // rows, min(tokens, max_context), adapted)
+    context = SEGMENT
+    while context < max_context:
+        context *= 2
+        for adapted in (False, True):
+            for rows in reversed(decodes):
+                yield _StepSize(rows, 1, min(context, max_context), adapted)
+            yield _StepSize(1, 2, min(context, max_context), adapted)
 
 
 @torch.inference_mode()

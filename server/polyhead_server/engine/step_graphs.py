@@ -25,6 +25,8 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of a recording; larger steps are not recorded."""
 SEGMENT = 512
 """Tokens of the shortest block tables of a recording; the others are twice, four times ... as wide."""
+_SPARE_BYTES = 256 << 20
+"""With less of the device's memory left nothing more is recorded: steps that are not recorded need it."""
 
 Forward = Callable[[StepBatch], Tensor]
 Replay = Callable[[], Tensor]
@@ -32,34 +34,58 @@ Replay = Callable[[], Tensor]
 
 class Recorder(Protocol):
     def record(self, run: Callable[[], Tensor]) -> Replay:
-        """What computes again, at each call, what `run` computes from the tensors that it reads."""
+        """What computes again, at each call, what `run` computes from the tensors that it reads.
+
+        Raises torch.OutOfMemoryError where there is no room for it, RuntimeError where `run` cannot be recorded; the
+        caller's stream is the current one either way.
+        """
         ...
 
 
 class CudaRecorder:
-    """Graphs of one memory pool: what a replay returns holds until the next replay of any of them."""
+    """Graphs of one memory pool, which leave their results at one place: these hold until the next replay of any."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call, unused-ignore]
+        self._results: Tensor | None = None
 
     def record(self, run: Callable[[], Tensor]) -> Replay:
+        self._check_room()
         # Once as it is: kernels are compiled and products measured, which a capture cannot hold.
         current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call, unused-ignore]
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # The loader's thread goes on copying adapters meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        try:
+            with torch.cuda.stream(side):
+                logits = run()
+            current.wait_stream(side)
+            result = self._place_for(logits)
+            graph = torch.cuda.CUDAGraph()
+            # The loader's thread goes on copying adapters meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result.copy_(run())
+        finally:
+            # The context of a capture that was invalidated raises before it leaves the capture's stream.
+            torch.cuda.set_stream(current)
+            current.wait_stream(side)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _check_room(self) -> None:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if free < _SPARE_BYTES:
+            raise torch.OutOfMemoryError(f"{free >> 20} MiB of the device's memory are left")
+
+    def _place_for(self, result: Tensor) -> Tensor:
+        """Of the result's size; the recordings share it, so that logits of a large vocabulary are held once."""
+        if self._results is None or self._results.numel() < result.numel():
+            self._results = torch.empty(result.numel(), dtype=result.dtype, device=result.device)
+        return self._results[: result.numel()].view(result.shape)
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,8 @@ class StepGraphs:
         """Sites at which any adapter has acted so far: where the recordings with adapters look."""
         self._tables: AdapterTables | None = None
         self._failed = False
+        self._full = False
+        """There was no room for a recording, and none of those there has been dropped since."""
 
     def fits(self, batch: StepBatch) -> bool:
         """Whether it is a decode step that can be recorded: one token a row, one row of logits each."""
@@ -99,6 +127,7 @@ class StepGraphs:
         if not batch.active_sites <= self._sites:
             self._sites |= batch.active_sites
             self._recordings = {size: one for size, one in self._recordings.items() if not size.adapted}
+            self._full = False
         size = _Size(
             rows=next(rows for rows in SIZES if batch.num_tokens <= rows),
             blocks=_table_width(batch.block_tables.shape[1], batch.kv.shape.block_size),
@@ -106,18 +135,31 @@ class StepGraphs:
         )
         recording = self._recordings.get(size)
         if recording is None:
-            inputs = self._padded(batch, size).in_one_piece(self._device)
-            try:
-                recording = _Recording(inputs, self._recorder.record(lambda: self._forward(inputs)))
-            except RuntimeError as error:
-                # A model may read a number from the device on the way, which no graph can hold.
-                logger.warning("decode steps run without CUDA graphs: recording one failed (%s)", error)
-                self._failed = True
+            recording = self._record(batch, size)
+            if recording is None:
                 return self._forward(batch.to(self._device))
-            self._recordings[size] = recording
         else:
             recording.inputs.take_over(self._padded(batch, size))
         return recording.replay()[: batch.num_tokens]
+
+    def _record(self, batch: StepBatch, size: _Size) -> _Recording | None:
+        """None where that fails, or there was no room for an earlier one."""
+        if self._full:
+            return None
+        inputs = self._padded(batch, size).in_one_piece(self._device)
+        try:
+            recording = _Recording(inputs, self._recorder.record(lambda: self._forward(inputs)))
+        except torch.OutOfMemoryError as error:
+            logger.warning("no further decode steps are recorded as CUDA graphs: %s", error)
+            self._full = True
+            return None
+        except RuntimeError as error:
+            # A model may read a number from the device on the way, which no graph can hold.
+            logger.warning("decode steps run without CUDA graphs: recording one failed (%s)", error)
+            self._failed = True
+            return None
+        self._recordings[size] = recording
+        return recording
 
     def _padded(self, batch: StepBatch, size: _Size) -> StepBatch:
         """The same step with `size` rows and blocks, on the host."""
@@ -133,8 +175,8 @@ class StepGraphs:
             block_tables=tables,
             slot_mapping=batch.slot_mapping[source],
             adapter_slots=batch.adapter_slots[source],
-            logit_rows=rows,
-            logit_slots=batch.adapter_slots[source],
+            logit_rows=batch.logit_rows[source],
+            logit_slots=batch.logit_slots[source],
             active_sites=self._sites if size.adapted else frozenset(),
         )
 

@@ -56,10 +56,16 @@ class AdapterPool:
         return self.tables.arena.device
 
     def write(self, adapter: PackedAdapter, starts: Sequence[int]) -> TableRow:
-        """Copies the adapter's extents to these units, which no step may be reading; returns its row of the tables."""
+        """Copies the adapter's extents to these units; returns its row of the tables.
+
+        On the host no step may be reading the units. On CUDA one that is enqueued may: the copy waits for it.
+        """
         if self._stream is None:
             self._copy_on_host(adapter, starts)
         else:
+            # A step that only prefills is enqueued and never waited for; an adapter that it still reads may have been
+            # evicted since. Steps run on the default stream, for which streams of torch's do not wait by themselves.
+            self._stream.wait_stream(torch.cuda.default_stream(self.device))  # type: ignore[no-untyped-call, unused-ignore]
             with torch.cuda.stream(self._stream):
                 self._scatter(adapter, starts)
             self._stream.synchronize()

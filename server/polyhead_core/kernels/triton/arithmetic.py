@@ -19,9 +19,19 @@ def round_half_even(x):
 
 
 @triton.jit
+def largest_magnitude(x):
+    """The largest |x| of a row, which is no number if one of them is none.
+
+    By the bits without the sign, which order as |x| does with NaN above infinity: tl.max of floats would skip it.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def int8_scale(largest):
-    """The a of reference.quantize_rows for the largest |x| of a row."""
-    return tl.maximum(tl.div_rn(largest, 127.0), 1e-12)
+    """The a of reference.quantize_rows for the largest |x| of a row; NaN stays NaN, and spoils the row's products."""
+    return tl.maximum(tl.div_rn(largest, 127.0), 1e-12, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def _segment_softmax(
     return largest, total, values
 
 
-@triton.jit(do_not_specialize=["num_tokens", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "window", "table_width", "num_segments"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, sequence_ptr, positions_ptr,
     out_ptr, largest_ptr, total_ptr, values_ptr,
@@ -138,7 +138,7 @@ def _attention_kernel(
         first = run_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def _merge_kernel(
     out_ptr, largest_ptr, total_ptr, values_ptr, head_width, num_segments,
     BLOCK_D: tl.constexpr,

@@ -1,4 +1,7 @@
-"""Decoder layers of the common form as Triton launches: ten a layer, and two for each group of sites with adapters.
+"""Decoder layers of the common form as Triton launches.
+
+Ten a layer, one more where attention is split by segments of keys, several more for each product that was measured to
+be fastest in cuBLAS (its sums, their scaling, padding), and two for each group of sites with adapters.
 
 The residual stays in float32; queries are rounded to the pages' type. No launch depends on a number that the host would
 have to read from the device, so a CUDA graph can hold all of them.

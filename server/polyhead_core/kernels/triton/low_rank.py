@@ -25,6 +25,7 @@ _RANKS = tl.constexpr(RANKS_PER_PAGE)
 _UNIT = tl.constexpr(UNIT)
 _CHUNK = 512
 """Width that one program sums up; the chunks' sums are then added in one fixed tree."""
+_FEW_ROWS = 64
 _BLOCK_T = 16
 _BLOCK_I = 128
 _BLOCK_O = 128
@@ -114,12 +115,13 @@ def _expand_kernel(
     while first < limit:
         slot = tl.load(slots_ptr + first)
         end = _run_end(slots_ptr, first, limit)
-        if slot >= 0:
-            entry = slot * num_sites + site
+        entry = slot * num_sites + site
+        count = tl.load(num_pages_ptr + entry, mask=slot >= 0, other=0)
+        bias_unit = tl.load(bias_ptr + entry, mask=slot >= 0, other=-1)
+        if (count > 0) | (bias_unit >= 0):
             mine = (rows >= first) & (rows < end)
             sums = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
             page = 0
-            count = tl.load(num_pages_ptr + entry)
             while page < count:
                 unit = tl.load(pages_ptr + (entry.to(tl.int64) * max_pages + page) * 2 + 1)
                 b_ptr = arena_ptr + unit.to(tl.int64) * _UNIT
@@ -132,7 +134,6 @@ def _expand_kernel(
                     b = tl.load(b_ptr + r * num_outputs + outputs, mask=inside, other=0.0).to(tl.float32)
                     sums += tl.sum(v, axis=1)[:, None] * b[None, :]
                 page += 1
-            bias_unit = tl.load(bias_ptr + entry)
             if bias_unit >= 0:
                 bias = tl.load(arena_ptr + bias_unit.to(tl.int64) * _UNIT + outputs, mask=inside, other=0.0)
                 sums += bias.to(tl.float32)[None, :]
@@ -189,15 +190,17 @@ def low_rank_add_parts(
 ) -> None:
     """reference.low_rank_add at each part's columns of y; y of any float type is rounded once, after pages and bias.
 
-    by_segment: tiles of 16 rows, for rows that stand sorted by slot (prefill); False: a program per row (decode); None:
-    by the number of rows. The choice changes who reads what, and no result.
+    by_segment: tiles of 16 rows, each of which takes its runs of one slot one after another; False: a program per row;
+    None: tiles from more than _FEW_ROWS rows on. A step's rows stand sorted by slot (engine/batch.py), so runs are long
+    in a prefill and where many rows share adapters, and a tile reads an adapter once; the head's rows alone are in the
+    requests' order. The choice changes who reads what, and no result.
     """
     num_rows, width = x_TI.shape
     if num_rows == 0:
         return
     assert y_TO.is_contiguous()
     assert 0 < len(parts) <= MAX_PARTS
-    segments = num_rows > 64 if by_segment is None else by_segment
+    segments = num_rows > _FEW_ROWS if by_segment is None else by_segment
     step = _BLOCK_T if segments else 1
     num_sites, max_pages = tables.pages.shape[1], tables.pages.shape[2]
     num_chunks = triton.cdiv(width, _CHUNK)

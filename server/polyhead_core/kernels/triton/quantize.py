@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polyhead_core.kernels.decoder import Activation
-from polyhead_core.kernels.triton.arithmetic import int8_scale, tile_width, to_int8, warps_for
+from polyhead_core.kernels.triton.arithmetic import int8_scale, largest_magnitude, tile_width, to_int8, warps_for
 
 _PLAIN, _NORM = 0, 1  # what a row's x is made of
 _GATED = {Activation.SILU: 2, Activation.GELU_TANH: 3}
@@ -78,15 +78,15 @@ def _quantize_kernel(
         wide = _load_x(x_ptr, other_ptr, row, stride, at, outlier, factor, SOURCE)
         if SMOOTHED:
             wide = tl.div_rn(wide, tl.load(input_scale_ptr + at, mask=outlier, other=1.0))
-        high_scale = int8_scale(tl.max(tl.abs(wide), axis=0))
+        high_scale = int8_scale(largest_magnitude(wide))
         high = to_int8(wide, high_scale)
         rest = wide - high.to(tl.float32) * high_scale
-        low_scale = int8_scale(tl.max(tl.abs(rest), axis=0))
+        low_scale = int8_scale(largest_magnitude(rest))
         tl.store(high_ptr + row * num_outliers + k, high, mask=outlier)
         tl.store(high_scale_ptr + row, high_scale)
         tl.store(low_ptr + row * num_outliers + k, to_int8(rest, low_scale), mask=outlier)
         tl.store(low_scale_ptr + row, low_scale)
-    scale = int8_scale(tl.max(tl.abs(x), axis=0))
+    scale = int8_scale(largest_magnitude(x))
     tl.store(q_ptr + row * width + columns, to_int8(x, scale), mask=inside)
     tl.store(scale_ptr + row, scale)
 

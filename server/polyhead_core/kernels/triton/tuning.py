@@ -1,5 +1,6 @@
 """Which product with int8 weights is fastest, measured once per shape on this device and kept in a file.
 
+A candidate counts only if its result on the random operands of the measurement is the reference's.
 Candidates of one family give the same bits, so choosing among them by the number of rows leaves a row independent of
 its batch. Families differ: `w8a8` quantises activations, `w8a16` and `dequantized` do not. Serving chooses within
 `w8a8` alone; the other times stand in the table for whoever chooses a family, which must then hold for every batch.
@@ -21,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from polyhead_core.kernels import reference
 from polyhead_core.kernels.triton.int8_linear import (
     Tile,
     default_tile,
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Rows up to which a measurement counts; more rows count as the last bucket."""
 _ROUNDS, _CALLS = 5, 10
+_EXACT_OUTPUTS = 512  # that are converted to float64 at a time
+_FLOAT_TOLERANCE = 0.03  # of the largest result, for products with activations in bfloat16
 _FLUSHED_BYTES = 128 << 20  # more than any device's L2: a layer's weights come from memory, as between two layers
 
 W8A8Product = Callable[..., Tensor]
@@ -75,7 +79,9 @@ class ShapeKey:
 class Candidate:
     family: str
     name: str
-    call: Callable[[], object]
+    call: Callable[[], Tensor]
+    is_right: Callable[[Tensor], bool]
+    """Whether this is what the call should have returned."""
 
 
 def bucket(rows: int) -> int:
@@ -83,15 +89,18 @@ def bucket(rows: int) -> int:
 
 
 def w8a8_product(rows: QuantizedRows, weight_OI: Tensor) -> W8A8Product:
-    """The fastest product of family w8a8 for these rows: measured on first use; a default while a graph is captured."""
+    """The fastest product of family w8a8 for these rows, measured on first use.
+
+    A default while a graph is captured, and where memory is too short for a measurement.
+    """
     num_rows = rows.q_TI.shape[0]
     outliers = 0 if rows.high_TK is None else rows.high_TK.shape[1]
     key = ShapeKey(rows=bucket(num_rows), width=weight_OI.shape[1], outputs=weight_OI.shape[0], outliers=outliers)
     table = TuningTable.of(weight_OI.device)
+    if key not in table and not torch.cuda.is_current_stream_capturing():  # while it captures nothing can be timed
+        table.measure_w8a8(key, weight_OI.device)
     if key not in table:
-        if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
-            return partial(int8_product, tile=default_tile(num_rows))
-        table.measure(key, w8a8_candidates(key, weight_OI.device))
+        return partial(int8_product, tile=default_tile(num_rows))
     return _products()[table.fastest(key, "w8a8")]
 
 
@@ -107,8 +116,12 @@ def w8a8_candidates(key: ShapeKey, device: torch.device) -> list[Candidate]:
     columns_K = torch.arange(key.outliers, device=device) if key.outliers else None
     rows = quantize_rows(x_TI, None, columns_K)
     outlier_weight_OK = weight_OI[:, : key.outliers].contiguous() if key.outliers else None
+    is_right = partial(torch.equal, _exact_product(rows, weight_OI, absmax_O, outlier_weight_OK))
     arguments = (rows, weight_OI, absmax_O, outlier_weight_OK, None)
-    return [Candidate(family="w8a8", name=name, call=partial(call, *arguments)) for name, call in _products().items()]
+    return [
+        Candidate(family="w8a8", name=name, call=partial(call, *arguments), is_right=is_right)
+        for name, call in _products().items()
+    ]
 
 
 def float_candidates(key: ShapeKey, device: torch.device) -> list[Candidate]:
@@ -116,23 +129,54 @@ def float_candidates(key: ShapeKey, device: torch.device) -> list[Candidate]:
     x_TI, weight_OI, absmax_O = _random_operands(key, device)
     x_TI = x_TI.bfloat16()
     dequantized_OI = (weight_OI.float() * (absmax_O / 127.0)[:, None]).bfloat16()
+    is_right = partial(_is_close, reference.int8_linear_weight_only(x_TI, weight_OI, absmax_O))
     candidates = [
         Candidate(
             family="w8a16",
             name=tile.name,
             call=partial(int8_linear_weight_only, x_TI, weight_OI, absmax_O, tile=tile),
+            is_right=is_right,
         )
         for tile in W8A16_TILES
     ]
     matmul = partial(torch.nn.functional.linear, x_TI, dequantized_OI)
-    return [*candidates, Candidate(family="dequantized", name="cublas-bf16", call=matmul)]
+    return [*candidates, Candidate(family="dequantized", name="cublas-bf16", call=matmul, is_right=is_right)]
 
 
 def _random_operands(key: ShapeKey, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     x_TI = torch.randn(key.rows, key.width, device=device, generator=generator)
-    weight_OI = torch.randint(-127, 128, (key.outputs, key.width), device=device, generator=generator)
-    return x_TI, weight_OI.to(torch.int8), torch.rand(key.outputs, device=device, generator=generator) + 0.5
+    weight_OI = torch.randint(
+        -127, 128, (key.outputs, key.width), dtype=torch.int8, device=device, generator=generator
+    )  # fmt: skip
+    return x_TI, weight_OI, torch.rand(key.outputs, device=device, generator=generator) + 0.5
+
+
+def _exact_product(
+    rows: QuantizedRows, weight_OI: Tensor, absmax_O: Tensor, outlier_weight_OK: Tensor | None
+) -> Tensor:
+    """What reference.int8_linear makes of rows that are quantised already, bit for bit on every device.
+
+    Its sums are taken in float64, which is exact and shares nothing with a candidate; and CUDA divides a tensor by a
+    number with an error, but not by a tensor.
+    """
+
+    def sums(q_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        q_TI = q_TI.double()
+        parts = [q_TI @ part_OI.double().t() for part_OI in weight_OI.split(_EXACT_OUTPUTS)]
+        return torch.cat([part_TO.float() for part_TO in parts], dim=1)
+
+    y_TO = sums(rows.q_TI, weight_OI) * rows.scale_T[:, None]
+    for q_TK, scale_T in ((rows.high_TK, rows.high_scale_T), (rows.low_TK, rows.low_scale_T)):
+        if q_TK is not None:
+            assert scale_T is not None
+            assert outlier_weight_OK is not None
+            y_TO += sums(q_TK, outlier_weight_OK) * scale_T[:, None]
+    return y_TO * (absmax_O / torch.full_like(absmax_O, reference.INT8_MAX))
+
+
+def _is_close(expected_TO: Tensor, found_TO: Tensor) -> bool:
+    return bool((found_TO.float() - expected_TO).abs().max() <= _FLOAT_TOLERANCE * expected_TO.abs().max())
 
 
 class TuningTable:
@@ -143,6 +187,8 @@ class TuningTable:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seconds: dict[str, dict[str, dict[str, float]]] = _read(path)
+        self._given_up: set[ShapeKey] = set()
+        """Shapes of which a measurement brought nothing; this process does not try again."""
 
     @classmethod
     def of(cls, device: torch.device) -> TuningTable:
@@ -155,13 +201,26 @@ class TuningTable:
         return "w8a8" in self._seconds.get(str(key), {})
 
     def measure(self, key: ShapeKey, candidates: Sequence[Candidate]) -> None:
-        """Times the candidates and keeps what came out, in memory and in the file."""
-        times = time_alternating([candidate.call for candidate in candidates])
+        """Times the candidates that are right and keeps what came out, in memory and in the file."""
+        right = [candidate for candidate in candidates if _is_right(candidate, key)]
+        times = time_alternating([candidate.call for candidate in right])
         families = self._seconds.setdefault(str(key), {})
-        for candidate, seconds in zip(candidates, times, strict=True):
+        for candidate, seconds in zip(right, times, strict=True):
             if seconds is not None:
                 families.setdefault(candidate.family, {})[candidate.name] = seconds
         self._write()
+
+    def measure_w8a8(self, key: ShapeKey, device: torch.device) -> None:
+        """Measures the family; afterwards the shape is missing where memory was too short for it, or nothing right."""
+        if key in self._given_up:
+            return
+        try:
+            self.measure(key, w8a8_candidates(key, device))
+        except torch.OutOfMemoryError as error:
+            logger.info("no memory to measure the products of %s: %s", key, error)
+        if key not in self:
+            logger.warning("the products of %s could not be measured: a default serves", key)
+            self._given_up.add(key)
 
     def fastest(self, key: ShapeKey, family: str) -> str:
         times = self._seconds[str(key)][family]
@@ -201,7 +260,12 @@ def table_key(device_name: str) -> str:
 
 
 def time_alternating(calls: Sequence[Callable[[], object]]) -> list[float | None]:
-    """Median seconds of each call on the current CUDA device, in rounds A B C A B C; None: too large for the device."""
+    """Median seconds of each call on the current CUDA device; None: too large for the device."""
+    return [statistics.median(mine) if mine else None for mine in sample_alternating(calls)]
+
+
+def sample_alternating(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
+    """Seconds of each call on the current CUDA device, in rounds A B C A B C; none: too large for the device."""
     usable = [_runs(call) for call in calls]
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
     times: list[list[float]] = [[] for _ in calls]
@@ -209,7 +273,7 @@ def time_alternating(calls: Sequence[Callable[[], object]]) -> list[float | None
         for call, runs, mine in zip(calls, usable, times, strict=True):
             if runs:
                 mine.extend(_seconds_of(call, flushed) for _ in range(_CALLS))
-    return [statistics.median(mine) if mine else None for mine in times]
+    return times
 
 
 def _seconds_of(call: Callable[[], object], flushed: Tensor) -> float:
@@ -223,10 +287,19 @@ def _seconds_of(call: Callable[[], object], flushed: Tensor) -> float:
 
 
 def _runs(call: Callable[[], object]) -> bool:
-    """Compiles it, too. A tile may want more shared memory than the device has."""
+    """Compiles it, too. A tile may want more shared memory than the device has, a copy more memory than is left."""
     try:
         call()
-    except triton.runtime.errors.OutOfResources as error:
+    except (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError) as error:
         logger.info("a candidate does not fit this device: %s", error)
         return False
     return True
+
+
+def _is_right(candidate: Candidate, key: ShapeKey) -> bool:
+    verdicts: list[bool] = []
+    if not _runs(lambda: verdicts.append(candidate.is_right(candidate.call()))):
+        return False
+    if not verdicts[0]:
+        logger.warning("%s %s is wrong for %s on this device: never chosen", candidate.family, candidate.name, key)
+    return verdicts[0]
