@@ -30,8 +30,7 @@ class SchedulerConfig:
     max_model_len: int
     """Most tokens of one sequence, prompt and output together."""
     max_adapter_wait_s: float
-    """Once a sequence has been blocked this long for want of room for its adapter, later ones are not admitted until it
-    is in."""
+    """Once there has been no room for a sequence's adapter for so long, later ones are not admitted until it is in."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_rows", "max_batch_tokens", "max_queued_requests", "max_model_len"):
@@ -193,8 +192,8 @@ class Scheduler:
 
     def pins(self) -> Counter[AdapterVersion]:
         """Pins that are held now, by version."""
-        held = (s.request.adapter for s in (*self._running, *self._waiting) if s.slot != NO_SLOT)
-        return Counter(version for version in held if version is not None)
+        alive = (*self._running, *self._waiting)
+        return Counter(s.request.adapter for s in alive if s.request.adapter is not None and s.slot != NO_SLOT)
 
     def check_integrity(self) -> None:
         """Between steps. Raises AssertionError where queue, blocks and pins contradict each other."""
@@ -246,15 +245,13 @@ class Scheduler:
     def _admit(self, draft: Draft) -> list[tuple[Request, PolyheadError]]:
         failures: dict[str, tuple[_Group, PolyheadError]] = {}
         blocked: set[str] = set()  # adapters found absent in this step
-        held_back = False
-        index = 0
+        index, held_back = 0, False
         while index < len(self._waiting) and len(self._running) < self._max_running and draft.budget:
             sequence = self._waiting[index]
             group = self._groups[sequence.request.request_id]
-            if sequence.request.request_id in failures or self._awaits_shared_prompt(group, sequence):
-                index += 1
-                continue
-            if held_back and sequence.slot == NO_SLOT:  # a preempted one goes on: it is its pin that others wait for
+            waits = sequence.request.request_id in failures or self._awaits_shared_prompt(group, sequence)
+            # A preempted one goes on even then: it may be its pin that others wait for.
+            if waits or (held_back and sequence.slot == NO_SLOT):
                 index += 1
                 continue
             if not self._pin(sequence, blocked):
@@ -302,10 +299,8 @@ class Scheduler:
         return True
 
     def _is_overdue(self, sequence: Sequence) -> bool:
-        """True if there has been no room for a sequence's adapter for so long that those behind it are to wait too.
-
-        The running ones then end and give their pins back, until its adapter finds room. A slow disk holds back nobody.
-        """
+        """True if there has been no room for a sequence's adapter for so long that those behind it are to wait too, so
+        that those who run end and give their pins back. A slow disk holds back nobody."""
         assert sequence.request.adapter is not None
         if not self._residency.lacks_room(sequence.request.adapter):
             sequence.blocked_since_s = None
