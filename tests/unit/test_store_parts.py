@@ -303,6 +303,13 @@ def test_what_may_pass_is_tried_again(
     assert admission.reads == reads, "a content that is bad stays so"
 
 
+def test_a_mistaken_name_is_compared_with_few() -> None:
+    names = [f"customer-{number:05d}" for number in range(5000)]
+    near = catalog_module._neighbours("customer-00137x", names)
+    assert len(near) == catalog_module.COMPARED_NAMES
+    assert {"customer-00137", "customer-00138"} <= set(near)
+
+
 def test_a_vanished_folder_of_folders_is_empty(catalog: Catalog, tmp_path: Path) -> None:
     _write(tmp_path, "anna", "1")
     catalog.refresh()

@@ -6,16 +6,18 @@ error; the version before it is not served under the name any more.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, check_adapter_name, content_hash
-from polyhead_core.errors import AdapterRejected, InvalidRequest
+from polyhead_core.errors import AdapterRejected, InvalidRequest, UnknownAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,9 @@ SETTLE_S = 2.0
 
 PASSING_RETRY_S = 10.0
 """How soon a folder is read again that could not be read for a reason that may pass, such as a disk's."""
+
+COMPARED_NAMES = 100
+"""In search of the nearest to a mistaken one."""
 
 SCAN_SHARE = 0.01
 """Of the time, at most, for looking whether files have changed: it is taken from the engine."""
@@ -103,6 +108,16 @@ class Catalog:
                 if entry is not before.get(name):
                     # One by one: a large adapter does not hold back the small ones.
                     self._replace(name, entry)
+
+    def entry(self, name: str) -> CatalogEntry:
+        """As the last scan found it, usable or not. Raises UnknownAdapter, InvalidRequest."""
+        entry = self.entries.get(name)
+        if entry is None:
+            check_adapter_name(name)
+            near = difflib.get_close_matches(name, _neighbours(name, self.entries), n=3)
+            hint = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise UnknownAdapter(f"there is no adapter {name!r}{hint}", details={"adapter": name})
+        return entry
 
     def folders_of(self, content_hash: str) -> list[Path]:
         """The folders that hold this very content, as far as the last scan knows."""
@@ -195,6 +210,13 @@ class Catalog:
             return None, refusal
         logger.info("adapter %r is %s, rank %d", name, facts.content_hash[:12], facts.max_rank)
         return facts, None
+
+
+def _neighbours(name: str, names: Iterable[str]) -> list[str]:
+    """Those about `name` in the alphabet: comparing a mistaken name with all of them would cost others time."""
+    ordered = sorted(names)
+    place = bisect(ordered, name)
+    return ordered[max(0, place - COMPARED_NAMES // 2) : place + COMPARED_NAMES // 2]
 
 
 def _may_pass(error: AdapterRejected) -> bool:

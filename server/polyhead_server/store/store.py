@@ -6,22 +6,18 @@ Everything is keyed by content hash: two names with the same content share one r
 
 from __future__ import annotations
 
-import difflib
 import threading
-from bisect import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from polyhead_core.adapter_directory import check_adapter_name
 from polyhead_core.errors import (
     AdapterInUse,
     AdapterTooLarge,
     ConfigError,
     PolyheadError,
-    UnknownAdapter,
 )
 from polyhead_core.kernels.tables import UNIT, AdapterTables
 from polyhead_server.adapters.base import BackboneView
@@ -38,9 +34,6 @@ from polyhead_server.store.packing import PackedAdapter, pack
 from polyhead_server.store.page_allocator import CHUNK_UNITS
 from polyhead_server.store.pool import AdapterPool
 from polyhead_server.store.residency import Residency
-
-COMPARED_NAMES = 100
-"""In search of the nearest to a mistaken one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +191,7 @@ class AdapterStore:
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version that a name means now. In memory. Raises UnknownAdapter, or AdapterRejected with the reason."""
-        entry = self._entry(name)
+        entry = self._catalog.entry(name)
         if entry.facts is None:
             assert entry.error is not None
             raise _fresh(entry.error)
@@ -214,7 +207,7 @@ class AdapterStore:
             return [self._info(entries[name]) for name in sorted(entries)]
 
     def get(self, name: str) -> AdapterInfo:
-        entry = self._entry(name)
+        entry = self._catalog.entry(name)
         with self._lock:
             return self._info(entry)
 
@@ -263,7 +256,7 @@ class AdapterStore:
         # A pin comes off a refused folder too.
         if pinned:
             self.resolve(name)
-        self._entry(name)
+        self._catalog.entry(name)
         with self._lock:
             (self._pinned_names.add if pinned else self._pinned_names.discard)(name)
             self._apply_pins()
@@ -304,16 +297,6 @@ class AdapterStore:
                 assert resident.state is Residency.DEVICE or resident.content_hash in self._book
 
     # --- the catalog's side ---
-
-    def _entry(self, name: str) -> CatalogEntry:
-        entries = self._catalog.entries
-        entry = entries.get(name)
-        if entry is None:
-            check_adapter_name(name)
-            near = difflib.get_close_matches(name, _neighbours(name, entries), n=3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise UnknownAdapter(f"there is no adapter {name!r}{hint}", details={"adapter": name})
-        return entry
 
     def _admit(self, path: Path) -> AdapterFacts:
         packed = self._read(path)
@@ -404,13 +387,6 @@ class AdapterStore:
         if facts.content_hash in self._book:
             return Residency.LOADING
         return Residency.HOST if facts.content_hash in self._host else Residency.DISK
-
-
-def _neighbours(name: str, names: Iterable[str]) -> list[str]:
-    """Those about `name` in the alphabet: comparing a mistaken name with all of them would cost others time."""
-    ordered = sorted(names)
-    place = bisect(ordered, name)
-    return ordered[max(0, place - COMPARED_NAMES // 2) : place + COMPARED_NAMES // 2]
 
 
 def _fresh(error: PolyheadError) -> PolyheadError:
