@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from polyhead_core.errors import BackboneError
 
 PLAIN_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 CALIBRATED_FILE = "polyhead_int8.safetensors"
 """Of a directory that Polyhead calibrated; see convert.save_int8."""
 
@@ -71,7 +72,7 @@ class CheckpointReader:
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_FILE
     single = next((file for name in (CALIBRATED_FILE, PLAIN_FILE) if (file := directory / name).is_file()), None)
     try:
         if index.is_file():
@@ -85,9 +86,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
                 return dict.fromkeys(file.keys(), single)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(f"cannot read the checkpoint in {directory}: {error}") from error
-    raise BackboneError(
-        f"{directory} has no model.safetensors and no model.safetensors.index.json; pickles are not read"
-    )
+    raise BackboneError(f"{directory} has no {PLAIN_FILE} and no {INDEX_FILE}; pickles are not read")
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:

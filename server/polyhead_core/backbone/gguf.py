@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from polyhead_core.backbone.checkpoint import INDEX_FILE
 from polyhead_core.errors import BackboneError
 
 _SHARD_BYTES = 128 << 20
@@ -88,5 +89,5 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path) -> set
     if shard:
         flush()
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return set(weight_map)

@@ -18,6 +18,7 @@ from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.host_memory import large_blocks_apart
 from polyhead_core.backbone.model import Backbone
 from polyhead_core.backbone.source import DEFAULT_SOURCE, resolve_source
+from polyhead_core.backbone.typed_copy import typed_directory
 from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
@@ -35,12 +36,15 @@ def load_backbone(
     device: str = "cpu",
     cache_dir: Path | None = None,
     calibrate: bool = True,
+    shared: bool = False,
 ) -> Backbone:
     """Loads a backbone, frozen and in evaluation mode.
 
     `source`: `default`, a Hugging Face directory (an int8 checkpoint that bitsandbytes saved included), a .gguf file or
     a hub id. `quantization`: `int8` (converted and calibrated once, then cached; `calibrate=False` gives plain W8A8) or
-    `none`. `dtype`: of activations; auto is float32 on the CPU, bfloat16 elsewhere. Raises BackboneError, ConfigError.
+    `none`. `dtype`: of activations; auto is float32 on the CPU, bfloat16 elsewhere. `shared`: on the CPU, weights are
+    pages of their file, which processes share; a cached copy of it, where it has them in another type than `dtype`.
+    Raises BackboneError, ConfigError.
     """
     if quantization not in ("int8", "none"):
         raise ConfigError(f"quantization = {quantization!r}: expected int8 or none")
@@ -58,6 +62,8 @@ def load_backbone(
                 raise ConfigError(f"backbone {source!r} is saved in int8: serve it with quantization = int8")
         elif quantization == "int8":
             weights = int8_directory(directory, identity, cache, calibrate=calibrate)
+        elif shared:
+            weights = typed_directory(directory, identity, compute, cache)
         model = load_model(weights, compute, target, quantized=quantization == "int8")
     return Backbone(
         model=model,
