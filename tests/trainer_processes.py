@@ -161,7 +161,7 @@ def load_and_shard(rank: int, size: int, port: int, file: Path) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        tuned = methods.tune(backbones.load(backbones.on_host(config.backbone)), config.adapter, 0)
+        tuned = methods.tune(backbones.load(backbones.on_host(config.backbone), shared=True), config.adapter, 0)
         parallelize(tuned.model, config.parallel, ranks)
         done.set()
         watcher.join()

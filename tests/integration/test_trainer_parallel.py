@@ -14,15 +14,21 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.multiprocessing.spawn import start_processes
+from transformers import AutoModelForCausalLM
 
+from polyhead_core.backbone import typed_copy
 from polyhead_core.errors import ConfigError
+from polyhead_trainer import backbones
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.config import load_config
 from polyhead_trainer.errors import RankFailed
 from polyhead_trainer.estimate import estimate
+from polyhead_trainer.export import export
 from polyhead_trainer.parallel import Ranks, check_possible
 from polyhead_trainer.parallel.launch import launch
 from tiny import save_backbone
@@ -180,8 +186,19 @@ def test_a_rank_that_dies_stops_all_and_twice_as_many_go_on(tmp_path: Path) -> N
     assert "of 2 was killed by SIGKILL" in told
     assert "all ranks have been stopped. --resume continues after the last checkpoint" in told
     assert not (killed.parent / "adapters/colours").exists()
+    check_export(killed, tmp_path)
     launch(load_config(killed), 4, overwrite=False, resume=True)
     check_same_losses(whole, killed)
+
+
+def check_export(file: Path, folder: Path) -> None:
+    """One process writes a model of what several had in shards, as torch reads their checkpoint."""
+    exported = export(load_config(file), folder / "exported")
+    dcp_to_torch_save(exported.checkpoint, folder / "state.pt")
+    kept = torch.load(folder / "state.pt", weights_only=True)["trained"]
+    found = load_file(exported.output / "model.safetensors")
+    assert len(found) == len(kept)
+    assert all(tensor.equal(kept[name]) for name, tensor in found.items())
 
 
 @pytest.mark.slow
@@ -233,13 +250,25 @@ def test_what_cannot_be_sharded_is_refused_by_name(alone: dict[str, Path]) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_no_rank_ever_holds_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    """Nor does it copy one that is stored in another type than it computes in."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     model = save_backbone("llama", tmp_path / "backbone", **shape) / "model.safetensors"
+    whole = model.stat().st_size
+    AutoModelForCausalLM.from_pretrained(model.parent, dtype=stored).save_pretrained(model.parent)
     file = write_run(tmp_path, quantization="none")
+    if stored != torch.float32:
+        monkeypatch.setattr(typed_copy, "FILE_BYTES", 4 << 20)
+        config = load_config(file)
+        backbones.load(backbones.on_host(config.backbone), shared=True)
+        copies = list((tmp_path / "cache/typed").glob("*/*.safetensors"))
+        assert len(copies) > 4
+        assert max(copy.stat().st_size for copy in copies) < 10 << 20
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start_processes(load_and_shard, (2, store.port, file), nprocs=2, start_method="forkserver")
-    whole = model.stat().st_size
     for rank in range(2):
         most = int(file.with_suffix(f".memory-{rank}").read_text())
         print(f"rank {rank}: at most {most:,} bytes of its own, of a model of {whole:,}")

@@ -9,17 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from polyhead_core.backbone import load_backbone
 from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
-from polyhead_trainer import methods
-from polyhead_trainer.config import LoraSettings, ParallelSection
-from polyhead_trainer.parallel import Ranks, gather_trained, micro_batches
-from polyhead_trainer.parallel.apply import _shard, layer_class
+from polyhead_trainer import backbones, methods
+from polyhead_trainer.config import BackboneSection, FullSettings, LoraSettings, ParallelSection, load_config
+from polyhead_trainer.estimate import estimate
+from polyhead_trainer.methods import trained_parameters
+from polyhead_trainer.out_of_memory import _peak
+from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, micro_batches, without_backward
+from polyhead_trainer.parallel.apply import NOT_ON_SHARDS, _shard, layer_class
+from polyhead_trainer.parallel.launch import FIRST_ERROR, _report, _reported, errors_by_reason
 from tiny import CONFIGS, save_backbone
+from trainer_processes import write_run
 
 
 @pytest.fixture
@@ -97,3 +103,65 @@ def test_int8_is_sharded_in_int8_computes_the_same_and_holds_nothing_back(tmp_pa
     after = tuned.trained_state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_parameters_are_shards_again_after_passes_without_a_backward(tmp_path: Path) -> None:
+    directory = save_backbone("llama", tmp_path / "model")
+    backbone = load_backbone(str(directory), quantization="none", cache_dir=tmp_path / "cache")
+    model = methods.tune(backbone, FullSettings(method="full"), seed=0).model
+    _shard(model, ParallelSection(), Ranks())
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        model(input_ids=ids)
+    whole = [name for name, parameter in trained_parameters(model).items() if not isinstance(parameter, DTensor)]
+    assert "model.embed_tokens.weight" in whole, "FSDP shards the root by itself now: without_backward can go"
+    for passes in (model, model.generate):
+        with without_backward(model):
+            assert not torch.is_grad_enabled()
+            passes(input_ids=ids)
+        assert all(isinstance(parameter, DTensor) for parameter in trained_parameters(model).values())
+
+
+def test_the_first_error_of_the_ranks_is_raised_where_they_were_started_whatever_its_kind() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for kind in errors_by_reason().values():
+        first = kind("x" * 100_000)
+        for error in (first, ConfigError("a consequence")):
+            _report(error, store)
+        found = _reported(store)
+        assert (type(found), found.message) == (kind, first.message)
+        store.delete_key(FIRST_ERROR)
+
+
+@pytest.mark.parametrize("optimizer", NOT_ON_SHARDS)
+def test_optimizers_that_cannot_step_on_shards_are_refused(tmp_path: Path, optimizer: str) -> None:
+    file = write_run(tmp_path, method="full", quantization="none", steps=2)
+    config = load_config(file, [f"training.optimizer={optimizer}"])
+    message = rf"training.optimizer = {optimizer}: .* set training.optimizer = adamw"
+    with pytest.raises(ConfigError, match=message):
+        check_possible(config, Ranks(size=2))
+    with pytest.raises(ConfigError, match=message):
+        estimate(config, nproc=2)
+    assert _peak(config, 2) is None, "so that it is not advised where memory runs out"
+    check_possible(config, Ranks())
+    check_possible(load_config(file, [f"training.optimizer={optimizer}", "parallel.strategy=ddp"]), Ranks(size=2))
+
+
+@pytest.mark.parametrize("quantization", backbones.BY_BITSANDBYTES)
+def test_a_rank_loads_what_bitsandbytes_quantises_onto_its_own_device(tmp_path: Path, quantization: str) -> None:
+    settings = BackboneSection(quantization=quantization, device="cuda")
+    assert backbones.of_rank(settings, torch.device("cuda", 1)) == settings.model_copy(update={"device": "cuda:1"})
+    on_host = backbones.of_rank(BackboneSection(quantization="int8", device="cuda"), torch.device("cuda", 1))
+    assert (on_host.device, on_host.dtype) == ("cpu", "bfloat16")
+    backbones.check_loadable(backbones.of_rank(settings, torch.device("cuda", 1)), save_backbone("llama", tmp_path))
+
+
+def test_nf4_is_refused_on_shards_and_on_the_cpu(tmp_path: Path) -> None:
+    file = write_run(tmp_path, quantization="nf4")
+    on_gpus = ["backbone.device=cuda", "parallel.strategy=ddp"]
+    check_possible(load_config(file, on_gpus), Ranks(size=2, device=torch.device("cuda", 1)))
+    with pytest.raises(ConfigError, match=r"nf4: .* parallel.strategy = ddp"):
+        estimate(load_config(file, on_gpus[:1]), nproc=2)
+    with pytest.raises(ConfigError, match="nf4 on the CPU"):
+        estimate(load_config(file, on_gpus[1:]), nproc=2)

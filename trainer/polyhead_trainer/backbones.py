@@ -35,10 +35,21 @@ BY_BITSANDBYTES = ("llm.int8", "nf4")
 def on_host(settings: BackboneSection) -> BackboneSection:
     """The same weights, left on the host until each rank has taken its part of them.
 
-    There they are pages of their file, which all ranks of a host share: none of them holds the whole model by itself,
-    as long as the file has the weights in the type that they are used in.
+    There they are pages of a file, which all ranks of a host share (see load's `shared`): none of them holds the whole
+    model by itself.
     """
     return settings.model_copy(update={"device": "cpu", "dtype": str(compute_dtype(settings)).removeprefix("torch.")})
+
+
+def of_rank(settings: BackboneSection, device: torch.device) -> BackboneSection:
+    """What one of several ranks loads that computes on `device`.
+
+    bitsandbytes quantises for the device that it loads to, and what it has quantised is not sharded: every rank needs
+    the whole model by itself.
+    """
+    if settings.quantization in BY_BITSANDBYTES:
+        return settings.model_copy(update={"device": str(device)})
+    return on_host(settings)
 
 
 def compute_dtype(settings: BackboneSection) -> torch.dtype:
@@ -49,8 +60,10 @@ def compute_dtype(settings: BackboneSection) -> torch.dtype:
     return found
 
 
-def load(settings: BackboneSection) -> Backbone:
-    """Raises BackboneError, ConfigError."""
+def load(settings: BackboneSection, *, shared: bool = False) -> Backbone:
+    """`shared`: by several processes of a host, as load_backbone has it; encoder-decoders and bitsandbytes' types are
+    each process's own all the same. Raises BackboneError, ConfigError."""
+    check_device(settings.device)
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
     if settings.quantization in BY_BITSANDBYTES or is_encoder_decoder(directory):
@@ -61,6 +74,23 @@ def load(settings: BackboneSection) -> Backbone:
         dtype=settings.dtype,
         device=settings.device,
         cache_dir=settings.cache_dir,
+        shared=shared,
+    )
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError for a GPU that is not there."""
+    device = torch.device(name)
+    if device.type == "cpu":
+        return
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) < num_gpus:
+        return
+    there = f"{num_gpus} GPUs, numbered from 0" if num_gpus else "no GPU that this PyTorch can use"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    raise ConfigError(
+        f"backbone.device = {name}: here is {there} (PyTorch {torch.__version__}, built for {built}; `nvidia-smi` "
+        f"shows what the driver has): set backbone.device = {'cuda' if num_gpus else 'cpu'}, or run on another machine"
     )
 
 

@@ -101,6 +101,25 @@ def convert(
 
 
 @app.command()
+def export(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run that was not finished.")],
+    output: Annotated[Path, typer.Argument(help="Directory to make.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; unset: the latest.", min=1)] = None,
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
+) -> None:
+    """Writes what a checkpoint holds as a run would publish it: an adapter's directory, or Hugging Face's."""
+    from polyhead_trainer.config import load_config
+
+    loaded = load_config(config, set_)
+    quiet_libraries()
+    from polyhead_trainer.export import export as export_checkpoint
+
+    exported = export_checkpoint(loaded, output, step=step)
+    kind = "an adapter" if exported.is_adapter else "a whole model"
+    typer.echo(f"{exported.output} written: {kind}, after step {exported.step}, from {exported.checkpoint}")
+
+
+@app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="An adapter's directory, by the trainer or by peft.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -66,12 +66,12 @@ class DifferenceRefused(PolyheadError):
 class TrainingDiverged(PolyheadError):
     reason = "TRAINING_DIVERGED"
 
-    def __init__(self, message: str, *, step: int, examples: Sequence[EncodedExample]) -> None:
+    def __init__(self, message: str, *, step: int = 0, examples: Sequence[EncodedExample] = ()) -> None:
         super().__init__(message)
         self.step = step
-        """From 1; not taken."""
+        """From 1; not taken. 0 where another process raised the error: its message alone has come here."""
         self.examples = examples
-        """All of that step's."""
+        """All of that step's; none where another process raised the error."""
 
 
 class OutOfMemory(PolyheadError):

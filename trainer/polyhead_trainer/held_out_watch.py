@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.loop import StepReport, TrainingLoop
 from polyhead_trainer.methods import Tuned
+from polyhead_trainer.parallel import without_backward
 from polyhead_trainer.trained_state import copy_state, restore_state
 
 
@@ -39,7 +40,8 @@ class HeldOutWatch:
             return
         model = loop.tuned.model
         model.eval()
-        loss = self.evaluator.held_out_loss(model)
+        with without_backward(model):
+            loss = self.evaluator.held_out_loss(model)
         model.train()
         self.losses.append((report.step, loss))
         if loss < self.best_loss:

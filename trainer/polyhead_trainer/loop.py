@@ -21,7 +21,7 @@ from polyhead_trainer.methods import Tuned, trained_parameters
 from polyhead_trainer.neftune import noisy_embeddings
 from polyhead_trainer.objectives import Objective
 from polyhead_trainer.optimizers import make_optimizer
-from polyhead_trainer.parallel import Parallel, Ranks, clip_grad_norm, micro_batches
+from polyhead_trainer.parallel import Parallel, Ranks, clip_grad_norm, micro_batches, without_backward
 from polyhead_trainer.schedule import count_steps, learning_rate_factor
 
 NAMED_EXAMPLES = 8
@@ -78,7 +78,7 @@ class TrainingLoop:
         return self._parallel.device
 
     def stop(self, reason: str) -> None:
-        """Ends the run after the current step."""
+        """Ends the run after the current step; before the first one, without any."""
         self.stopped_because = reason
 
     def run(self, hooks: Sequence[Hook]) -> None:
@@ -93,12 +93,11 @@ class TrainingLoop:
         self.tuned.model.eval()
 
     def _run(self, hooks: Sequence[Hook]) -> None:
-        for chosen in self.plan():
+        plan = self.plan()
+        while self.stopped_because is None and (chosen := next(plan, None)) is not None:
             report = self._step(chosen)
             for hook in hooks:
                 hook.after_step(self, report)
-            if self.stopped_because is not None:
-                break
 
     def plan(self) -> Iterator[list[EncodedExample]]:
         """The examples of every step that is left."""
@@ -140,7 +139,7 @@ class TrainingLoop:
 
     def _diverged(self, chosen: Sequence[EncodedExample], loss: float, norm: float) -> TrainingDiverged:
         """Names the examples whose loss alone is no number; where there are none, all of the step's."""
-        with torch.no_grad():
+        with without_backward(self.tuned.model):
             losses = [
                 self._objective.loss_sum(self._parallel.model, [example], self.device).item() for example in chosen
             ]

@@ -27,6 +27,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer.batching import collate, pack
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.objectives.label_logits import label_logits
+from polyhead_trainer.parallel import without_backward
 
 IMPLEMENTATION = "polyhead_packed"
 ROUNDING = 1e-3
@@ -58,10 +59,11 @@ def prepare_packing(model: nn.Module, examples: Iterable[EncodedExample], pad_id
     model.eval()
     try:
         first, second = _two_longest(examples)
-        changed = _packing_error(model, first, second, pad_id)
+        with without_backward(model):
+            changed = _packing_error(model, first, second, pad_id)
+            leaked = _leak(model, first, second)
         # Bit-equal without a leak, whatever the type: the same shapes go through the same kernels. But LLM.int8
         # chooses its outlier columns over all tokens of a forward pass, padded or packed.
-        leaked = _leak(model, first, second)
         allowed = COARSE_ROUNDING if getattr(backbone, "is_loaded_in_8bit", False) else 1e-6
     except (TypeError, ValueError) as error:
         backbone.set_attn_implementation(found)
@@ -83,7 +85,6 @@ def _two_longest(examples: Iterable[EncodedExample]) -> tuple[EncodedExample, En
     return longest[0], longest[-1]
 
 
-@torch.no_grad()
 def _packing_error(model: nn.Module, first: EncodedExample, second: EncodedExample, pad_id: int) -> float:
     device = next(model.parameters()).device
     packed_NV = label_logits(model, pack([first, second]).to(device))
@@ -91,7 +92,6 @@ def _packing_error(model: nn.Module, first: EncodedExample, second: EncodedExamp
     return _share_of_spread(packed_NV - apart_NV, apart_NV)
 
 
-@torch.no_grad()
 def _leak(model: nn.Module, first: EncodedExample, second: EncodedExample) -> float:
     """What other tokens in `first` change in the label logits of `second` behind it."""
     device = next(model.parameters()).device

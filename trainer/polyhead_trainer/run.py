@@ -21,7 +21,7 @@ from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.methods import Tuned
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.packing import prepare_packing
-from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize
+from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize, without_backward
 from polyhead_trainer.parallel.memory import RankMemoryMeter, peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
@@ -102,7 +102,8 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     report.print_plan(console, run.config, run.facts, run.data, run.trainable, run.loop.num_steps)
     trained = _train(run, checkpoints, console, ranks)
     console.print("measuring the tuned model on the same examples")
-    after = run.evaluator.measure(run.tuned.model)
+    with without_backward(run.tuned.model):
+        after = run.evaluator.measure(run.tuned.model)
     trained.tracking.finish(after, run.loop.step)
 
     record = RunRecord(
@@ -135,7 +136,9 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
 
 def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     with ranks.main_first():  # which converts the backbone, if that has not been done
-        backbone = backbones.load(config.backbone if ranks.size == 1 else backbones.on_host(config.backbone))
+        alone = ranks.size == 1
+        section = config.backbone if alone else backbones.of_rank(config.backbone, ranks.device)
+        backbone = backbones.load(section, shared=not alone)
     task = open_task(config, backbone)
     config = config.with_labels(task.labels)
     data = open_data(config.data, backbone.tokenizer, task.encode)
@@ -184,12 +187,13 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         stateful["data"] = run.stream
     latest = checkpoints.latest()
     if latest is not None:
-        identity.check_continues(SavedRun.read(latest).identity, latest)
+        for remark in identity.check_continues(SavedRun.read(latest).identity, latest):
+            console.print(remark, highlight=False, soft_wrap=True)
         saved = restore(latest, loop, stateful, ranks)
         console.print(f"continuing {latest} after step {saved.step}", highlight=False, soft_wrap=True)
     else:
         console.print("measuring the backbone on the held-out examples")
-        with tuned.baseline():
+        with tuned.baseline(), without_backward(tuned.model):
             saved = SavedRun(identity=identity, before=run.evaluator.measure(tuned.model), hooks={})
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
@@ -202,9 +206,11 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
             loop.run([progress, watch, memory, energy, tracking, last_good, checkpointer])
         checkpointer.wait()
     except TrainingDiverged as error:
+        checkpointer.close()
         if ranks.is_main:
-            raise keep_what_is_left(error, last_good, tuned, config.output, run.facts) from error
-        raise
+            error = keep_what_is_left(error, last_good, tuned, config.output, run.facts)
+        message = ranks.from_main(error.message)
+        raise TrainingDiverged(message, step=error.step, examples=error.examples) from error
     finally:
         checkpointer.close()
     if loop.stopped_because is not None:
@@ -228,7 +234,7 @@ def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, 
     latest = checkpoints.latest()
     kept = f"the trained state is in {latest}: --resume" if latest else "nothing was kept"
     content = ""
-    gather_trained(tuned.model, ranks)
+    gather_trained(tuned.model, ranks, frozen_too=tuned.saves_frozen)
     if ranks.is_main:
         events = EventFiles(record.config.output)
         with writing(record.config.output, kept):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from polyhead_core.backbone.checkpoint import INDEX_FILE
 from polyhead_trainer.convert.llama_layout import COMPUTED, EmbeddingSplit, LlamaTensor, llama_tensors, rotary_halves
 from polyhead_trainer.convert.llama_tokenizer import TOKENIZER_FILE, save_tokenizer
 from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, config_of, read_params
@@ -184,7 +185,7 @@ def _write_safetensors(
     if len(files) > 1:
         total = sum(_num_elements(tensor) for tensor in tensors) * itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (output / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _group(tensors: list[LlamaTensor], itemsize: int, max_file_bytes: int) -> list[list[LlamaTensor]]:

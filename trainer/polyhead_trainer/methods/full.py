@@ -28,6 +28,10 @@ class FullTuned(TrainedAtOneRate):
     tokenizer: PreTrainedTokenizerBase
     is_adapter: bool = False
 
+    @property
+    def saves_frozen(self) -> bool:
+        return True
+
     @contextmanager
     def baseline(self) -> Iterator[None]:
         yield

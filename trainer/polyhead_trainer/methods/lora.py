@@ -19,6 +19,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import LoraSettings, TrainingSection
 from polyhead_trainer.methods.peft_tuned import PeftTuned, task_type, wrap
 from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.parallel import held_as, reshard
 
 
 @dataclass
@@ -45,6 +46,7 @@ class ResidualTuned(LoraTuned):
     """
 
     initial: dict[str, Tensor] = field(default_factory=dict)
+    """Whole on every rank."""
 
     @contextmanager
     def baseline(self) -> Iterator[None]:
@@ -72,8 +74,9 @@ class ResidualTuned(LoraTuned):
 
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:
+        reshard(self.model)
         for name, parameter in trained_parameters(self.model).items():
-            parameter.copy_(values[name])
+            parameter.copy_(held_as(parameter, values[name]))
 
 
 def lora(backbone: Backbone, settings: LoraSettings) -> LoraTuned:

@@ -27,6 +27,10 @@ class PeftTuned(TrainedAtOneRate):
     save_embedding_layers: bool = False
     is_adapter: bool = True
 
+    @property
+    def saves_frozen(self) -> bool:
+        return self.save_embedding_layers
+
     @contextmanager
     def baseline(self) -> Iterator[None]:
         with self.model.disable_adapter():

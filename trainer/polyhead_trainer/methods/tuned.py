@@ -21,6 +21,10 @@ class Tuned(Protocol):
     def is_adapter(self) -> bool:
         """Whether `save` writes an adapter's directory (PEFT's two files) or a whole model's."""
 
+    @property
+    def saves_frozen(self) -> bool:
+        """Whether `save` also writes weights that were not trained."""
+
     def baseline(self) -> AbstractContextManager[None]:
         """Inside, `model` computes what the backbone did before the method touched it."""
 
@@ -44,6 +48,10 @@ class TrainedAtOneRate:
     """The half of Tuned that most methods share: all that requires gradients is trained, and at one learning rate."""
 
     model: nn.Module
+
+    @property
+    def saves_frozen(self) -> bool:
+        return False
 
     def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
         return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]

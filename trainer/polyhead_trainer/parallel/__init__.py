@@ -5,8 +5,11 @@ from polyhead_trainer.parallel.apply import (
     check_possible,
     clip_grad_norm,
     gather_trained,
+    held_as,
     layer_class,
     parallelize,
+    reshard,
+    without_backward,
 )
 from polyhead_trainer.parallel.ranks import Ranks, joined
 from polyhead_trainer.parallel.work import micro_batches
@@ -17,8 +20,11 @@ __all__ = [
     "check_possible",
     "clip_grad_norm",
     "gather_trained",
+    "held_as",
     "joined",
     "layer_class",
     "micro_batches",
     "parallelize",
+    "reshard",
+    "without_backward",
 ]

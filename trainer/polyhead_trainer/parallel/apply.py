@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from polyhead_core.errors import ConfigError
@@ -27,6 +27,13 @@ from polyhead_core.int8 import Int8Linear
 from polyhead_trainer.backbones import BY_BITSANDBYTES
 from polyhead_trainer.config import ParallelSection, RunConfig
 from polyhead_trainer.parallel.ranks import Ranks
+
+NOT_ON_SHARDS = {
+    "adamw-8bit": "bitsandbytes' kernels take whole parameters alone",
+    "paged-adamw-8bit": "bitsandbytes' kernels take whole parameters alone",
+    "adafactor": "torch cannot compute its row and column means over shards",
+}
+"""Optimizers that cannot step where a parameter is in parts."""
 
 
 class Replica(DistributedDataParallel):
@@ -63,6 +70,12 @@ def check_possible(config: RunConfig, ranks: Ranks) -> None:
     settings = config.parallel
     if ranks.size == 1 or settings.strategy == "ddp":
         return
+    if config.training.optimizer in NOT_ON_SHARDS:
+        raise ConfigError(
+            f"parallel.strategy = fsdp with training.optimizer = {config.training.optimizer}: "
+            f"{NOT_ON_SHARDS[config.training.optimizer]}; set training.optimizer = adamw or sgd, whose states are in "
+            "shards too, or parallel.strategy = ddp"
+        )
     if config.backbone.quantization in BY_BITSANDBYTES:
         raise ConfigError(
             f"parallel.strategy = fsdp with backbone.quantization = {config.backbone.quantization}: bitsandbytes keeps "
@@ -82,7 +95,8 @@ def parallelize(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> Pa
     if settings.strategy == "fsdp":
         _shard(model, settings, ranks)
         return Parallel(ranks, model)
-    model.to(ranks.device)
+    # transformers' own `to` refuses models in LLM.int8, which are on their device already.
+    nn.Module.to(model, ranks.device)
     replicated = Replica(model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
     return Parallel(ranks, replicated)
 
@@ -133,22 +147,49 @@ def layer_class(model: nn.Module, wrap: str | None = None) -> type[nn.Module]:
     return type(max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))[0])
 
 
-def gather_trained(model: nn.Module, ranks: Ranks) -> None:
-    """Makes the trained parameters whole again, on the main rank's CPU, for saving. The model is not called any more.
+@contextmanager
+def without_backward(model: nn.Module) -> Iterator[None]:
+    """Around forward passes that no backward pass follows: as torch.no_grad; after them the model is in shards again.
 
-    All ranks take part, one parameter after the other. Frozen parameters stay in shards: no method saves them.
+    FSDP leaves what is outside of layers gathered until a backward pass. Who asks the model for parameters before that
+    gets whole copies, which no optimizer steps on and which the next sharding throws away.
     """
+    with torch.no_grad():
+        yield
+    reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives up what is gathered between two passes; nothing where nothing is in shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def held_as(parameter: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, which every rank has, as this rank holds `parameter`: its shard, where that is in shards."""
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def gather_trained(model: nn.Module, ranks: Ranks, *, frozen_too: bool = False) -> None:
+    """Makes the trained parameters whole again, on the main rank's CPU, for saving. The model is not called any more.
+
+    All ranks take part, one parameter after the other. Frozen parameters stay in shards, unless they are saved too.
+    """
+    reshard(model)
     whole: dict[int, nn.Parameter] = {}
     for module, name, parameter in list(_parameters(model)):
-        if not isinstance(parameter, DTensor) or not parameter.requires_grad:
+        if not isinstance(parameter, DTensor) or not (parameter.requires_grad or frozen_too):
             continue
         if id(parameter) not in whole:
             full: Tensor = parameter.full_tensor().cpu()
-            whole[id(parameter)] = nn.Parameter(full if ranks.is_main else torch.empty_like(full, device="meta"))
+            kept = full if ranks.is_main else torch.empty_like(full, device="meta")
+            whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
         module._parameters[name] = whole[id(parameter)]
+        # FSDP's, which take what was loaded for shards; peft loads an adapter to save a PiSSA one.
+        module._load_state_dict_post_hooks.clear()
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ START_METHOD = "forkserver"
 """One process imports the libraries, the ranks are its copies; it has used neither a GPU nor threads."""
 GRACE_S = 5.0
 """How long ranks may take to end by themselves after another one has failed."""
+FIRST_ERROR = "polyhead_first_error"
+"""Key in the ranks' store, which takes a message of any length without a reader, and with a full disk."""
 
 
 def launch(config: RunConfig, nproc: int, *, overwrite: bool, resume: bool) -> None:
@@ -30,18 +32,35 @@ def launch(config: RunConfig, nproc: int, *, overwrite: bool, resume: bool) -> N
     if "RANK" in os.environ:
         raise ConfigError("--nproc inside of torchrun: it starts the ranks already; leave --nproc out")
     multiprocessing.set_forkserver_preload(["polyhead_trainer.run"])
-    errors: SimpleQueue[PolyheadError] = multiprocessing.get_context(START_METHOD).SimpleQueue()
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    arguments = (nproc, store.port, config, overwrite, resume, errors)
+    arguments = (nproc, store.port, config, overwrite, resume)
     context: Any = start_processes(_rank, arguments, nprocs=nproc, join=False, start_method=START_METHOD)
     try:
         while not context.join(grace_period=GRACE_S):
             pass
     except (ProcessExitedException, ProcessRaisedException) as error:
-        if not errors.empty():
-            raise errors.get() from error
+        if store.check([FIRST_ERROR]):
+            raise _reported(store) from error
         _raise_for_killed(context, config)
         raise
+
+
+def _report(error: PolyheadError, store: TCPStore) -> None:
+    """For `launch`, unless another rank was earlier. What an error carries beside its message can be large, and
+    stays."""
+    store.compare_set(FIRST_ERROR, "", json.dumps([error.reason, error.message]))
+
+
+def _reported(store: TCPStore) -> PolyheadError:
+    reason, message = json.loads(store.get(FIRST_ERROR))
+    return errors_by_reason()[reason](message)
+
+
+def errors_by_reason() -> dict[str, type[PolyheadError]]:
+    kinds = [PolyheadError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    return {kind.reason: kind for kind in kinds}
 
 
 def _raise_for_killed(context: ProcessContext, config: RunConfig) -> None:
@@ -57,15 +76,7 @@ def _raise_for_killed(context: ProcessContext, config: RunConfig) -> None:
             )
 
 
-def _rank(
-    rank: int,
-    size: int,
-    port: int,
-    config: RunConfig,
-    overwrite: bool,
-    resume: bool,
-    errors: SimpleQueue[PolyheadError],
-) -> None:
+def _rank(rank: int, size: int, port: int, config: RunConfig, overwrite: bool, resume: bool) -> None:
     from polyhead_trainer.cli import EXIT_USER_ERROR, quiet_libraries
     from polyhead_trainer.run import run
 
@@ -79,5 +90,5 @@ def _rank(
     try:
         run(config, Console(), overwrite=overwrite, resume=resume, store=store)
     except PolyheadError as error:
-        errors.put(error)
+        _report(error, store)
         sys.exit(EXIT_USER_ERROR)

@@ -50,6 +50,14 @@ class Ranks:
         if self.size > 1:
             self.sum(0.0)
 
+    def from_main(self, item: Item) -> Item:
+        """What the main rank gives; the others' items are not looked at."""
+        if self.size == 1:
+            return item
+        shared = [item]
+        dist.broadcast_object_list(shared, device=CPU)
+        return shared[0]
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """What is inside is done by the main rank, then by the others: they find what it left."""

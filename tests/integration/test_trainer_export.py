@@ -1,0 +1,71 @@
+"""`trainer export`: a checkpoint as the run would have published it, whoever wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from polyhead_core.errors import ConfigError, PolyheadError
+from polyhead_trainer import run as run_module
+from polyhead_trainer.checkpoint import CheckpointDirectory
+from polyhead_trainer.cli import app
+from polyhead_trainer.config import RunConfig, load_config
+from polyhead_trainer.export import export
+from trainer_processes import write_run
+
+
+def unfinished(file: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> RunConfig:
+    """A run whose last step has a checkpoint, and whose output could not be written."""
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise ConfigError("no room for the output")
+
+    config = load_config(file, ["checkpoint.every_steps=2", "checkpoint.keep=3", *overrides])
+    published = run_module.publish
+    monkeypatch.setattr(run_module, "publish", fail)
+    with pytest.raises(ConfigError, match="no room"):
+        run_module.run(config, Console(quiet=True))
+    monkeypatch.setattr(run_module, "publish", published)
+    return config
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    (file,) = directory.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(("method", "quantization"), [("lora", "int8"), ("full", "none")])
+def test_the_last_checkpoint_is_what_the_run_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, quantization: str
+) -> None:
+    file = write_run(tmp_path, method=method, quantization=quantization, steps=4)
+    config = unfinished(file, monkeypatch)
+    exported = export(config, tmp_path / "exported")
+    assert (exported.step, exported.is_adapter) == (4, method == "lora")
+    earlier = export(config, tmp_path / "earlier", step=2)
+    with pytest.raises(PolyheadError, match="choose another"):
+        export(config, tmp_path / "exported")
+    with pytest.raises(ConfigError, match="has those after steps 2, 4"):
+        export(config, tmp_path / "none", step=3)
+
+    run_module.run(config, Console(quiet=True), resume=True)
+    published, found, before = (tensors(path) for path in (config.output, exported.output, earlier.output))
+    assert found.keys() == published.keys() == before.keys()
+    assert all(found[name].equal(published[name]) for name in published)
+    assert any(not before[name].equal(published[name]) for name in published)
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+        export(config, tmp_path / "none")
+
+
+def test_by_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_run(tmp_path, steps=2)
+    config = unfinished(file, monkeypatch)
+    done = CliRunner().invoke(app, ["export", str(file), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert f"an adapter, after step 2, from {CheckpointDirectory(config.output).at(2)}" in " ".join(done.output.split())

@@ -1,0 +1,54 @@
+"""`trainer export`: what a run's checkpoint holds, as the run would have published it; the run is not touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from polyhead_core.errors import ConfigError
+from polyhead_trainer import backbones, methods
+from polyhead_trainer.checkpoint import CheckpointDirectory, SavedRun
+from polyhead_trainer.config import RunConfig
+from polyhead_trainer.publish import check_output, publish_last_good
+from polyhead_trainer.tasks import open_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    checkpoint: Path
+    step: int
+    output: Path
+    is_adapter: bool
+    """Else a whole model, as transformers loads it."""
+
+
+def export(config: RunConfig, output: Path, *, step: int | None = None) -> Exported:
+    """Of the checkpoint after `step`, the latest by default, written by however many ranks, in one process.
+
+    Raises ConfigError, ResumeRefused, BackboneError.
+    """
+    check_output(output, overwrite=False)
+    checkpoint = _checkpoint(CheckpointDirectory(config.output), step)
+    saved = SavedRun.read(checkpoint)
+    backbone = backbones.load(backbones.on_host(config.backbone))
+    if saved.identity.backbone_fingerprint != backbone.fingerprint:
+        raise ConfigError(
+            f"{checkpoint} was trained on the backbone with fingerprint {saved.identity.backbone_fingerprint}, "
+            f"{backbone.source!r} has {backbone.fingerprint}: name the right one with --set backbone.source=..."
+        )
+    tuned = methods.tune(open_task(config, backbone).backbone, config.adapter, config.training.seed)
+    load({"trained": tuned.trained_state()}, checkpoint_id=checkpoint, no_dist=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    publish_last_good(tuned, output, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
+    return Exported(checkpoint=checkpoint, step=saved.step, output=output, is_adapter=tuned.is_adapter)
+
+
+def _checkpoint(directory: CheckpointDirectory, step: int | None) -> Path:
+    steps = directory.steps()
+    if not steps:
+        raise ConfigError(f"{directory.path} holds no complete checkpoint; those of a finished run are gone")
+    if step is not None and step not in steps:
+        raise ConfigError(f"--step {step}: {directory.path} has those after steps {', '.join(map(str, steps))}")
+    return directory.at(steps[-1] if step is None else step)
