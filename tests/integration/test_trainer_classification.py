@@ -27,6 +27,7 @@ from polyhead_trainer.reevaluate import measure, read_subject
 from polyhead_trainer.run import RunResult, run
 from polyhead_trainer.scores import macro_f1
 from polyhead_trainer.tasks import open_task
+from polyhead_trainer.tasks.classification import label_scores
 from tiny import save_backbone
 
 TEXTS = {
@@ -125,6 +126,50 @@ def test_the_loss_is_that_of_each_text_alone(tmp_path: Path) -> None:
     for size in (1, 5, len(examples)):
         loss = accumulate_gradients(tuned.model, task.objective(tuned), examples, size)
         assert loss == pytest.approx(slow.item(), rel=1e-5)
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    **ADAPTERS,
+    "dora": {"method": "lora", "rank": 4, "use_dora": True},
+    "ia3": {"method": "ia3"},
+    "ln_tuning": {"method": "ln_tuning"},
+    "bottleneck": {"method": "bottleneck", "size": 8},
+    "full": {"method": "full"},
+    "last layers": {"method": "full", "last_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_every_accepted_method_learns_its_scores_whatever_shares_a_batch(tmp_path: Path, name: str) -> None:
+    config = configuration(tmp_path, ACCEPTED[name], "training.max_steps=16", "backbone.quantization=none")
+    curve = run_quietly(config).record.curve
+    assert curve[-1].loss < 0.8 * curve[0].loss
+    task = open_task(config, backbone_of(config))
+    tuned = task.reload(config.output).eval()
+    examples = load_examples(config.data.train, task.backbone.tokenizer, 512, task.encode).examples
+    assert len({len(example) for example in examples}) > 1, "without padding this shows nothing"
+    scores_BL = label_scores(tuned, examples, task.pad_id, "cpu").detach()
+    assert scores_BL.abs().max() > 0.1, "the head is untrained"
+    alone_BL = torch.cat([label_scores(tuned, [example], task.pad_id, "cpu").detach() for example in examples])
+    torch.testing.assert_close(scores_BL, alone_BL, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "prompt_tuning"}, "prompt_tuning with task = classification: peft cannot switch virtual tokens"),
+        ({"method": "p_tuning"}, "p_tuning with task = classification: peft cannot switch virtual tokens"),
+        ({"method": "prefix_tuning"}, "prefix_tuning with task = classification: peft cannot switch virtual tokens"),
+        ({"method": "llama_adapter"}, "neither trains nor saves the classifier's scores.*choose lora, ia3"),
+        ({"method": "lora", "init": "pissa"}, "adapter.init = pissa with task = classification.*init = default"),
+        ({"method": "lora", "init": "olora"}, "adapter.init = olora with task = classification.*init = default"),
+    ],
+)
+def test_methods_that_would_not_learn_to_classify_are_refused(
+    tmp_path: Path, adapter: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration(tmp_path, adapter)
 
 
 def test_lora_with_a_head_is_read_by_transformers_and_stock_peft(tmp_path: Path) -> None:

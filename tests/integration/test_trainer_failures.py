@@ -144,6 +144,34 @@ def test_out_of_memory_says_what_is_needed_and_what_would_fit(tmp_path: Path, mo
     assert not config.output.exists()
 
 
+def test_a_run_out_of_memory_goes_on_with_what_is_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["training.batch_size=12", "backbone.quantization=none", "checkpoint.every_steps=1"]
+    overrides.append("checkpoint.asynchronous=false")
+    config = configuration(tmp_path, *overrides)
+    own_step = TrainingLoop._step
+
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        if self.step == 2:
+            raise MemoryError("no more")
+        return own_step(self, chosen)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_step", step)
+        with pytest.raises(OutOfMemory) as caught:
+            run_quietly(config)
+    message = caught.value.message
+    assert "where it ran out while measuring: evaluate.batch_size = 8" in message
+    assert "with these --resume continues " in message
+    assert "step-2, but without backbone.quantization, which would make another run of it" in message
+    advised = (
+        message.partition("settings that need less: ")[2].partition("; where")[0].split("; ")[1].partition(" (")[0]
+    )
+    assert advised == "training.micro_batch_size = 3 and training.activation_checkpointing = all"
+    again = configuration(tmp_path, *overrides, *advised.replace(" = ", "=").split(" and "), "evaluate.batch_size=8")
+    result = run(again, Console(quiet=True), resume=True)
+    assert len(result.record.curve) == 3
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(self: TrainingLoop, chosen: object) -> StepReport:
         raise RuntimeError("a shape is wrong")

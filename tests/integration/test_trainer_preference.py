@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -23,7 +24,7 @@ from polyhead_trainer.objectives.preference import EncodedPair
 from polyhead_trainer.reevaluate import measure, read_subject
 from polyhead_trainer.run import run
 from polyhead_trainer.tasks import Task, open_task
-from tiny import save_backbone
+from tiny import VOCAB, save_backbone
 
 BETA = 0.3
 THINGS = ["grass", "snow", "coal", "blood", "sky", "lemon", "the sea", "ink"]
@@ -108,6 +109,37 @@ def test_loss_and_gradients_equal_the_slow_computation(tmp_path: Path, quantizat
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapter", ["{rank = 4}", '{method = "prefix_tuning"}'], ids=["lora", "prefix"])
+def test_chunks_of_logits_give_the_same_loss_and_gradients(tmp_path: Path, adapter: str) -> None:
+    how = ["backbone.quantization=none", f"adapter={adapter}", "preference.beta=0.01"]
+    task, tuned, pairs = opened(configuration(tmp_path, *how))
+    shake(tuned)
+    plain = dataclasses.replace(task.objective(tuned), logit_chunk=0)
+    expected = accumulate_gradients(tuned.model, plain, pairs[:4], 2)
+    expected_gradients = gradients(tuned)
+    sizes: list[int] = []
+    head = task.backbone.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *given: sizes.append(given[2].numel()))
+    task = dataclasses.replace(task, config=configuration(tmp_path, *how, f"training.logit_chunk={3 * VOCAB}"))
+    loss = accumulate_gradients(tuned.model, task.objective(tuned), pairs[:4], 2)
+    handle.remove()
+    assert max(sizes) == 3 * VOCAB
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(gradients(tuned), expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_in_chunks_of_logits_learns_and_measures_as_one_without(tmp_path: Path) -> None:
+    records = []
+    for chunk in (0, 3 * VOCAB):
+        config = configuration(tmp_path, f"training.logit_chunk={chunk}", "backbone.quantization=none")
+        records.append(run(config, Console(quiet=True), overwrite=True).record)
+    plain, chunked = records
+    assert [step.loss for step in chunked.curve] == pytest.approx([step.loss for step in plain.curve], rel=1e-3)
+    assert chunked.after.held_out_loss == pytest.approx(plain.after.held_out_loss, rel=1e-3)
+    assert chunked.before.reward_margin == pytest.approx(0, abs=1e-6)
+
+
 def test_the_reference_sees_no_dropout_and_leaves_the_model_in_training(tmp_path: Path) -> None:
     task, tuned, pairs = opened(configuration(tmp_path, "backbone.quantization=none"))
     tuned.model.train()
@@ -138,6 +170,9 @@ def test_a_run_learns_the_preference_and_comes_back_equal(tmp_path: Path) -> Non
 def test_what_cannot_be_preferred_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compares the model with itself without its adapter"):
         configuration(tmp_path, 'adapter={method = "full"}')
+    for bias in ("all", "lora_only"):
+        with pytest.raises(ConfigError, match=f"adapter.bias = {bias} with task = preference.*set adapter.bias = none"):
+            configuration(tmp_path, f"adapter.bias={bias}")
     config = configuration(tmp_path)
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "chosen": " b", "rejected": " b"}))
     with pytest.raises(DataError, match=r"train\.jsonl:1: chosen and rejected are the same text"):

@@ -116,6 +116,71 @@ def test_a_checkpoint_is_neither_ignored_nor_given_to_another_run(tmp_path: Path
     assert curve(file) == curve(whole)
 
 
+class Killed(BaseException):
+    """What no part of the trainer catches."""
+
+
+def test_a_run_that_stopped_early_and_died_before_publication_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = ("evaluate_every=1", "early_stopping_patience=1", "keep=best", "learning_rate=0.5")
+    overrides = [f"training.{setting}" for setting in how] + ["checkpoint.every_steps=1"]
+    undisturbed, file = (write_run(tmp_path / name, quantization="none") for name in ("whole", "killed"))
+    quiet = Console(quiet=True)
+    run(load_config(undisturbed, overrides), quiet)
+    assert len(curve(undisturbed)) < 12
+
+    def die(*_: object, **__: object) -> str:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("polyhead_trainer.run.publish", die)
+        with pytest.raises(Killed):
+            run(load_config(file, overrides), quiet)
+    console = Console(record=True, width=200)
+    run(load_config(file, overrides), console, resume=True)
+    assert "stopped: the held-out loss has not fallen" in console.export_text()
+    assert curve(file) == curve(undisturbed)
+    assert weights(file) == weights(undisturbed)
+
+
+def test_what_saves_memory_may_change_and_is_told_of(tmp_path: Path) -> None:
+    undisturbed, file = (write_run(tmp_path / name, quantization="none", dropout=0.0) for name in ("whole", "killed"))
+    assert finish(undisturbed) == 0
+    number = 0
+    while not steps(file):
+        number += 15
+        finish(file, resume=True, prepare=die_at_disk_call, argument=number)
+    less = ["training.micro_batch_size=2", "training.activation_checkpointing=all", "evaluate.batch_size=2"]
+    console = Console(record=True, width=400)
+    run(load_config(file, [*less, "training.logit_chunk=600"]), console, resume=True)
+    told = console.export_text()
+    assert "evaluate.batch_size was 32, is 2; training.activation_checkpointing was " in told
+    assert (
+        "training.micro_batch_size was null, is 2: from here on results equal those of an undisturbed run up to" in told
+    )
+    for found, expected in zip(curve(file), curve(undisturbed), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_other_texts_to_measure_on_and_another_type_make_another_run(tmp_path: Path, whole: Path) -> None:
+    text = tmp_path / "general.txt"
+    text.write_text("An adapter is small. " * 9)
+    earlier = shutil.copy(whole.parent / "held_out.jsonl", tmp_path / "earlier.jsonl")
+    measured = [f"evaluate.general_text={text}", f'evaluate.earlier=["{earlier}"]']
+    file = interrupted(whole, tmp_path / "killed", *measured)
+    quiet = Console(quiet=True)
+    for changed in (text, earlier):
+        before = changed.read_text()
+        changed.write_text(before.replace("a", "o"))
+        with pytest.raises(ResumeRefused, match=r"contents of evaluate\.earlier or evaluate\.general_text are others"):
+            run(load_config(file, measured), quiet, resume=True)
+        changed.write_text(before)
+    with pytest.raises(ResumeRefused, match=r"parallel\.param_dtype was null, is \"bfloat16\""):
+        run(load_config(file, [*measured, "parallel.param_dtype=bfloat16"]), quiet, resume=True)
+    run(load_config(file, [*measured, "parallel.strategy=ddp"]), quiet, resume=True)
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, whole: Path) -> None:
     file = interrupted(whole, tmp_path / "killed")
     before = steps(file)

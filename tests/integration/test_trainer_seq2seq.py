@@ -6,18 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer_run import configuration, run_quietly, write_data
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    MT5Config,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
-from polyhead_trainer import backbones, methods
+from polyhead_trainer import backbones, methods, scores
 from polyhead_trainer.config import LoraSettings, RunConfig
 from polyhead_trainer.data import load_examples
+from polyhead_trainer.loop import accumulate_gradients
 from polyhead_trainer.record import count_parameters
 from polyhead_trainer.reevaluate import measure, read_subject
 from polyhead_trainer.tasks import open_task
+from polyhead_trainer.tasks.seq2seq import Seq2SeqObjective, Seq2SeqTask
 from tiny import VOCAB, tokenizer
 
 
@@ -66,6 +76,73 @@ def test_the_loss_is_transformers_own_summed(tmp_path: Path) -> None:
     assert task.objective(tuned).num_units(examples) == sum(item.num_labels for item in examples)
 
 
+def bart() -> PreTrainedModel:
+    """Another tree: its logits get a bias behind the head."""
+    config = BartConfig(
+        vocab_size=VOCAB,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        dropout=0.0,
+    )
+    model = BartForConditionalGeneration(config)
+    torch.nn.init.normal_(model.final_logits_bias)
+    return model
+
+
+def t5(*, tied: bool) -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4, tie_word_embeddings=tied,
+            dropout_rate=0.0, decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["t5", "t5-tied", "bart", "lora"])
+def test_chunks_of_logits_give_the_same_loss_and_gradients(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = bart() if kind == "bart" else t5(tied=kind == "t5-tied")
+    if kind == "lora":
+        lora = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, lora)
+    config = seq2seq_configuration(tmp_path)
+    backbone = backbones.load(config.backbone)
+    examples = load_examples(config.data.train, backbone.tokenizer, 512, open_task(config, backbone).encode).examples[
+        :5
+    ]
+
+    def results(logit_chunk: int) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        objective = Seq2SeqObjective(pad_id=0, logit_chunk=logit_chunk)
+        loss = accumulate_gradients(model, objective, examples, 5)
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = results(0)
+    sizes: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *given: sizes.append(given[2].numel()))
+    chunked_loss, chunked = results(3 * VOCAB)
+    handle.remove()
+    assert max(sizes) == 3 * VOCAB
+    assert chunked_loss == pytest.approx(loss, rel=1e-5)
+    assert chunked.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_setting_reaches_the_objective(tmp_path: Path) -> None:
+    config = seq2seq_configuration(tmp_path, "training.logit_chunk=99", "evaluate.batch_size=2")
+    task = open_task(config, backbones.load(config.backbone))
+    assert isinstance(task, Seq2SeqTask)
+    tuned = methods.tune(task.backbone, config.adapter, 0)
+    assert task.objective(tuned).logit_chunk == 99
+    assert (task.evaluator([]).batch_size, task.evaluator([]).objective.logit_chunk) == (2, 99)
+
+
 @pytest.mark.parametrize(
     "adapter", ['{target_modules = ["q", "v"], rank = 4}', '{method = "ia3"}', '{method = "full"}'], ids=str
 )
@@ -73,6 +150,8 @@ def test_a_run_learns_and_comes_back_equal(tmp_path: Path, adapter: str) -> None
     config = seq2seq_configuration(tmp_path, f"adapter={adapter}", "training.learning_rate=1e-2")
     result = run_quietly(config)
     assert result.record.after.held_out_loss < result.record.before.held_out_loss
+    after = result.record.after
+    assert (after.rouge_1, after.rouge_2, after.rouge_l) == scores.rouge(after.answers, result.record.references)
     again = measure(read_subject(config.output, []))
     assert again.before == result.record.before
     assert again.after.answers == result.record.after.answers

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,70 @@ def test_a_killed_run_continues_bit_for_bit(
         assert one.content_hash == whole.published[name].content_hash
         assert one.record.before == whole.published[name].record.before
     assert not CheckpointDirectory(tmp_path / "adapters").path.exists()
+
+
+@dataclass
+class Counter:
+    """An energy counter that advances by 7 J whenever it is read."""
+
+    name: str = "GPU test"
+    wraps_at_joules: float | None = None
+    joules: float = 0.0
+
+    def read_joules(self) -> float:
+        self.joules += 7
+        return self.joules
+
+
+def test_energy_is_shared_out_by_tokens_and_survives_a_kill(
+    file: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Callable[[int], None]
+) -> None:
+    monkeypatch.setattr("polyhead_trainer.together.run.readable_counters", lambda _: [Counter()])
+    kill_at(6)
+    with pytest.raises(Killed):
+        train(file, *SAVING)
+    kill_at(0)
+    result = train(file, *SAVING, resume=True)
+    records = {name: one.record for name, one in result.published.items()}
+    tokens = {name: sum(step.num_tokens for step in record.curve) for name, record in records.items()}
+    spent = {name: record.energy_joules["GPU test"] for name, record in records.items()}
+    assert sum(spent.values()) == pytest.approx(7 * 7), "seven rounds, those after the checkpoint again"
+    assert spent["sizes"] / spent["colours"] == pytest.approx(tokens["sizes"] / tokens["colours"])
+    assert (
+        "energy of the whole device while training, its part by tokens"
+        in (records["sizes"].config.output / "report.html").read_text()
+    )
+
+
+def test_the_progress_line_tells_of_memory_and_time_left(file: Path) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    run_together(loaded(file), console)
+    (last,) = [line for line in console.export_text().splitlines() if "sizes 5/5" in line]
+    assert re.search(r"colours 7/7 loss .* tokens/s  peak memory \d+\.\d\d GiB  0 s left$", last)
+
+
+def test_settings_that_change_rounding_alone_may_change_and_are_told_of(
+    file: Path, kill_at: Callable[[int], None], whole: TogetherResult
+) -> None:
+    kill_at(8)
+    with pytest.raises(Killed):
+        train(file, *SAVING)
+    kill_at(0)
+    console = Console(record=True, width=300, file=io.StringIO())
+    run_together(loaded(file, *SAVING, "adapters.sizes.training.micro_batch_size=2"), console, resume=True)
+    assert "sizes: training.micro_batch_size was null, is 2: from here on" in console.export_text()
+
+
+def test_an_adapter_that_had_stopped_early_stays_so(file: Path, kill_at: Callable[[int], None]) -> None:
+    settings = ("evaluate_every=1", "early_stopping_patience=1", "keep=best", "learning_rate=3")
+    overrides = [f"adapters.sizes.training.{setting}" for setting in settings]
+    kill_at(10)
+    with pytest.raises(Killed):
+        train(file, *overrides, "checkpoint.every_steps=1", "checkpoint.asynchronous=false")
+    kill_at(0)
+    result = train(file, *overrides, "checkpoint.every_steps=1", resume=True)
+    assert len(result.published["sizes"].record.curve) < 5
+    assert len(result.published["colours"].record.curve) == 7
 
 
 def test_streamed_data_continue_where_they_stood(file: Path, tmp_path: Path, kill_at: Callable[[int], None]) -> None:

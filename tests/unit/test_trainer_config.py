@@ -49,6 +49,8 @@ def test_overrides_take_toml_values_and_bare_words(file: Path) -> None:
         ("adapter.rank=0", "adapter.rank = 0: Input should be greater than or equal to 1"),
         ("adapter.rank=eight", "adapter.rank = 'eight': Input should be a valid integer"),
         ("adapter.layers=[]", "would mean all layers"),
+        ("backbone.device=gpu", "backbone.device = 'gpu': expected cpu, cuda, or cuda:N"),
+        ("backbone.device=cuda:x", "expected cpu, cuda, or cuda:N"),
         ("backbone.quantization=int4", "'int8', 'llm.int8', 'nf4' or 'none'"),
         ("training.max_steps=3", "exactly one of epochs and max_steps"),
         ("training", "expected section.key=value"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from polyhead_core.adapter_directory import stamp_backbone
 from polyhead_trainer.convert.run import convert
@@ -88,6 +88,41 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "PROMPT_TUNING"}))
     refused("is of type PROMPT_TUNING: only LORA and IA3")
+
+
+def test_a_classifiers_scores_are_not_dropped(tmp_path: Path) -> None:
+    backbone = save_backbone("llama", tmp_path / "backbone")
+    base = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    get_peft_model(base, IA3Config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        MergeRefused, match=r"is a classifier's: its trained scores have no place.*adapter\.method = full"
+    ):
+        merge(tmp_path / "adapter", tmp_path / "merged", backbone=str(backbone), cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.layers.9.self_attn.q_proj.lora_A.weight"])
+def test_tensors_without_a_place_are_not_dropped(tmp_path: Path, name: str) -> None:
+    backbone = save_backbone("llama", tmp_path / "backbone")
+    adapter = save_adapter(backbone, tmp_path / "adapter", seed=3, r=4, target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.{name}"] = torch.ones(4, 64)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeRefused, match=rf"holds 1 tensors that have no place.*: base_model\.model\.{name}"):
+        merge(adapter, tmp_path / "merged", backbone=str(backbone), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_a_saved_embedding_matrix_has_its_place(tmp_path: Path, target: str) -> None:
+    backbone = save_backbone("llama-untied", tmp_path / "backbone")
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[target], init_lora_weights=False)
+    model = get_peft_model(reference_model(backbone), config)
+    model.get_input_embeddings().weight.data += 0.1
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge(tmp_path / "adapter", tmp_path / "merged", backbone=str(backbone), cache_dir=tmp_path / "cache")
+    with torch.no_grad():
+        merged = reference_model(tmp_path / "merged")(IDS).logits
+        torch.testing.assert_close(merged, model.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_the_backbone_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer_loop import EXAMPLES, OBJECTIVE, Keep, tiny_lora
+from test_trainer_loop import EXAMPLES, OBJECTIVE, PAD, Keep, made, tiny_lora
 from torch import nn
 
 from polyhead_core.errors import ConfigError
+from polyhead_trainer.batching import collate, pack
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.loop import StepReport, TrainingLoop
 from polyhead_trainer.neftune import noisy_embeddings
+from polyhead_trainer.objectives.label_logits import label_logits
 from polyhead_trainer.optimizers import make_optimizer, state_bytes
+from polyhead_trainer.packing import prepare_packing
 from polyhead_trainer.schedule import learning_rate_factor
 
 SHAPES = [(64, 128), (3, 40, 50), (63, 63), (4096,), (5000,), (7,)]
@@ -122,6 +125,23 @@ def test_neftune_adds_bounded_noise_in_training_alone(tmp_path: Path) -> None:
     assert 0.9 * bound < noise.abs().max() <= bound * (1 + 1e-5)
     assert noise.mean().abs() < 0.1 * bound
     assert noise.var() == pytest.approx(bound**2 / 3, rel=0.1)
+
+
+def test_neftune_goes_by_each_packed_examples_own_length(tmp_path: Path) -> None:
+    model = tiny_lora(tmp_path, quantization="none").model.train()
+    examples = made([(2, 2), (30, 34)])
+    prepare_packing(model, examples, PAD)
+    table = model.get_input_embeddings()
+    seen: list[torch.Tensor] = []
+    with noisy_embeddings(model, 5.0):
+        handle = table.register_forward_hook(lambda _, inputs, embedded: seen.append(embedded - table.weight[inputs]))
+        label_logits(model, pack(examples))
+        label_logits(model, collate(examples, PAD))
+        handle.remove()
+    packed_1TH, padded_BTH = seen
+    for noise_TH, length in ((packed_1TH[0, :4], 4), (packed_1TH[0, 4:], 64), (padded_BTH, 64)):
+        bound = 5 / math.sqrt(length * noise_TH.shape[-1])
+        assert 0.9 * bound < noise_TH.abs().max() <= bound * (1 + 1e-5)
 
 
 def test_neftune_changes_what_is_learned_and_zero_changes_nothing(tmp_path: Path) -> None:

@@ -117,12 +117,12 @@ class EnergyMeter:
     def start(self) -> None:
         for name in list(self._counters):
             self.joules.setdefault(name, 0.0)
-        self._read()
+        self.read()
 
     def after_step(self, loop: TrainingLoop, report: StepReport) -> None:
-        self._read()
+        self.read()
 
-    def _read(self) -> None:
+    def read(self) -> None:
         for name, counter in list(self._counters.items()):
             try:
                 now = counter.read_joules()

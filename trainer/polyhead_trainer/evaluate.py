@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from polyhead_core.errors import ConfigError
@@ -22,7 +23,6 @@ from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.errors import DataError
 from polyhead_trainer.objectives.label_logits import first_label_rows, label_logits
 
-BATCH_SIZE = 32
 WINDOW_TOKENS = 512
 """General text is read in windows of this many tokens, each without what came before it."""
 
@@ -72,6 +72,8 @@ class Evaluator:
     """First token of each possible completion; empty: not a classification."""
     general_ids: list[int]
     max_new_tokens: int
+    batch_size: int
+    """Most examples in one forward pass."""
     earlier: list[EncodedExample] = field(default_factory=list)
     """Held-out examples of tasks that were learned before."""
 
@@ -81,14 +83,9 @@ class Evaluator:
         loss, accuracy = self._held_out(model)
         answers = self.generate(model, self.answered)
         references = [item.example.reference for item in self.answered]
-        rouge_1, rouge_2, rouge_l = scores.rouge(answers, references) if answers else (None, None, None)
         return Measures(
             held_out_loss=loss,
-            exact_match=scores.exact_match(answers, references) if answers else None,
-            chrf=scores.chrf(answers, references) if answers else None,
-            rouge_1=rouge_1,
-            rouge_2=rouge_2,
-            rouge_l=rouge_l,
+            **answer_scores(answers, references),
             choice_accuracy=accuracy,
             earlier_loss=self._loss(model, self.earlier)[0] if self.earlier else None,
             general_perplexity=self._general_perplexity(model) if self.general_ids else None,
@@ -108,8 +105,8 @@ class Evaluator:
     def _loss(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> tuple[float, int]:
         """(mean over the label tokens, in nats; examples whose right choice is the likeliest)"""
         total, num_labels, num_right = 0.0, 0, 0
-        for chunk in by_length(examples):
-            batch = collate(chunk, self.pad_id).to(_device(model))
+        for chunk in by_length(examples, self.batch_size):
+            batch = collate(chunk, self.pad_id).to(compute_device(model))
             logits_NV = label_logits(model, batch)
             total += F.cross_entropy(logits_NV, batch.targets_N, reduction="sum").item()
             num_labels += batch.num_labels
@@ -129,8 +126,8 @@ class Evaluator:
             ids_BT = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in prompts])
             mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
             generated_BT = cast(Any, model).generate(
-                input_ids=ids_BT.to(_device(model)),
-                attention_mask=mask_BT.to(_device(model)),
+                input_ids=ids_BT.to(compute_device(model)),
+                attention_mask=mask_BT.to(compute_device(model)),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.pad_id,
@@ -144,14 +141,15 @@ class Evaluator:
         """Padding belongs to the left of a prompt; what peft puts in front of prompts comes before the padding, so
         there only prompts of one length share a batch."""
         if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
-            return by_length(examples)
+            return by_length(examples, self.batch_size)
         ordered = sorted(examples, key=lambda item: item.prompt_length)
-        return [list(group) for _, group in groupby(ordered, key=lambda item: item.prompt_length)]
+        groups = [list(group) for _, group in groupby(ordered, key=lambda item: item.prompt_length)]
+        return [part for group in groups for part in by_length(group, self.batch_size)]
 
     def _general_perplexity(self, model: torch.nn.Module) -> float:
         total, num_predicted = 0.0, 0
         for start in range(0, len(self.general_ids), WINDOW_TOKENS):
-            ids_1T = torch.tensor([self.general_ids[start : start + WINDOW_TOKENS]], device=_device(model))
+            ids_1T = torch.tensor([self.general_ids[start : start + WINDOW_TOKENS]], device=compute_device(model))
             if ids_1T.shape[1] < 2:
                 continue
             everywhere = torch.ones_like(ids_1T)
@@ -183,6 +181,7 @@ def prepare(
         choice_ids=_choice_ids(settings.choices, held_out, tokenizer),
         general_ids=_general_ids(settings.general_text, settings.general_tokens, tokenizer),
         max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
         earlier=_earlier_examples(settings, tokenizer, max_length),
     )
 
@@ -222,10 +221,30 @@ def _general_ids(file: Path | None, num_tokens: int, tokenizer: PreTrainedTokeni
     return cast(list[int], ids)
 
 
-def by_length(examples: Sequence[EncodedExample]) -> list[list[EncodedExample]]:
+def answer_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The fields of Measures about generated answers; none where nothing was answered."""
+    if not answers:
+        return {}
+    rouge_1, rouge_2, rouge_l = scores.rouge(answers, references)
+    return {
+        "exact_match": scores.exact_match(answers, references),
+        "chrf": scores.chrf(answers, references),
+        "rouge_1": rouge_1,
+        "rouge_2": rouge_2,
+        "rouge_l": rouge_l,
+    }
+
+
+def by_length(examples: Sequence[EncodedExample], batch_size: int) -> list[list[EncodedExample]]:
+    """Batches of neighbours in length."""
     ordered = sorted(examples, key=len)
-    return [ordered[at : at + BATCH_SIZE] for at in range(0, len(ordered), BATCH_SIZE)]
+    return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
 
 
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def compute_device(model: torch.nn.Module) -> torch.device:
+    """Where the model computes and wants its inputs: shards that rest in host memory are gathered elsewhere."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor):
+        # Without a number: each process has made its own GPU the current one.
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device

@@ -88,6 +88,7 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
     tokens = sum(step.num_tokens for step in record.curve)
     labels = sum(step.num_labels for step in record.curve)
     energy = [f"{name}: {joules:,.0f} J" for name, joules in record.energy_joules.items()]
+    of_all = ", its part by tokens" if record.trained_with else ""
     rows = [
         ("backbone", f"{record.backbone.source}, {record.backbone.quantization}, {record.backbone.dtype}"),
         ("its parameters", f"{record.backbone.num_parameters:,} in {_bytes(record.backbone.num_bytes)}"),
@@ -104,7 +105,7 @@ def _training(record: RunRecord) -> list[tuple[str, str]]:
         ("speed", f"{tokens / record.train_seconds:,.0f} tokens/s"),
         ("model FLOPs utilisation", _utilization(record)),
         ("peak memory", _bytes(record.peak_memory_bytes)),
-        ("energy of the whole device while training", "; ".join(energy) or NOT_READABLE),
+        (f"energy of the whole device while training{of_all}", "; ".join(energy) or NOT_READABLE),
     ]
     if record.num_ranks > 1:
         rows.append(("ranks", f"{record.num_ranks}, {record.config.parallel.strategy}"))

@@ -49,6 +49,11 @@ def merge(
             f"{adapter} is of type {files.config.get('peft_type')}: only {' and '.join(MERGEABLE)} are changes of "
             "weights that a backbone can take over; serve it as an adapter"
         )
+    if files.config.get("task_type") == "SEQ_CLS":
+        raise MergeRefused(
+            f"{adapter} is a classifier's: its trained scores have no place in a language model, and would be lost; "
+            "use it as an adapter, or train adapter.method = full, whose output is a whole classifier"
+        )
     source = backbone or backbone_of(adapter, files)
     _refuse_int8(source, cache_dir)
     with new_directory(output) as staging:
@@ -108,11 +113,20 @@ def _merged(model: PreTrainedModel, adapter: Path, files: AdapterDirectory) -> P
         wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise MergeRefused(f"peft cannot put {adapter} on this backbone: {error}") from error
-    # peft itself only warns of tensors that are missing, and leaves those parts of the adapter random.
-    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    if expected - set(files.tensors):
-        missing = sorted(expected - set(files.tensors))
-        raise MergeRefused(f"{adapter} lacks {len(missing)} tensors that its configuration asks for: {missing[0]}, ...")
+    _check_all_taken(adapter, set(files.tensors), wrapped)
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     return merged
+
+
+def _check_all_taken(adapter: Path, given: set[str], wrapped: PeftModel) -> None:
+    """peft only warns of tensors that are missing, and leaves those parts of the adapter random; of tensors that it has
+    no place for it says nothing."""
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if missing := sorted(expected - given):
+        raise MergeRefused(f"{adapter} lacks {len(missing)} tensors that its configuration asks for: {missing[0]}, ...")
+    # A saved embedding matrix is no part of the adapter, and taken over by the name that it has in the model.
+    if left := sorted(given - expected - set(wrapped.state_dict())):
+        raise MergeRefused(
+            f"{adapter} holds {len(left)} tensors that have no place in this backbone and would be lost: {left[0]}, ..."
+        )

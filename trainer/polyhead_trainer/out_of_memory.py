@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from polyhead_core.errors import PolyheadError
+from polyhead_trainer.checkpoint.directory import CheckpointDirectory
+from polyhead_trainer.checkpoint.identity import may_differ
 from polyhead_trainer.config import RunConfig, TogetherConfig
 from polyhead_trainer.errors import OutOfMemory
 from polyhead_trainer.estimate import Estimate, estimate
@@ -18,6 +20,8 @@ from polyhead_trainer.estimate import Estimate, estimate
 CPU_ALLOCATION_FAILED = "can't allocate memory"
 """In the RuntimeError of torch's CPU allocator, which has no class of its own."""
 MIB = 1 << 20
+Changes = tuple[str, ...]
+"""Settings with their values, as `--set` takes them but for the spaces."""
 
 
 @contextmanager
@@ -51,37 +55,56 @@ def _explanation(config: RunConfig | TogetherConfig, num_ranks: int, reason: str
     if not smaller:
         return f"{message}; no setting of the trainer would make it smaller: use a larger device or a smaller backbone"
     # What else runs on the device is unknown, so that an estimate below what there is in all may still not fit.
-    fits = [(names, peak) for names, peak in smaller if peak <= available]
-    listed = "; ".join(f"{names} ({peak / MIB:,.0f} MiB)" for names, peak in fits or smaller)
-    return f"{message}; settings that need less: {listed}"
+    listed = [(changes, peak) for changes, peak in smaller if peak <= available] or smaller
+    told = "; ".join(f"{' and '.join(changes)} ({peak / MIB:,.0f} MiB)" for changes, peak in listed)
+    return f"{message}; settings that need less: {told}{_while_measuring(config)}{_on_resume(config, listed)}"
 
 
-def _smaller(config: RunConfig | TogetherConfig, num_ranks: int, least: int) -> Iterator[tuple[str, int]]:
-    """(settings, expected peak in bytes), each with those before it, as far as they save something on `least`."""
-    names: list[str] = []
+def _while_measuring(config: RunConfig | TogetherConfig) -> str:
+    size = max(run.evaluate.batch_size for run in _runs(config))
+    return f"; where it ran out while measuring: evaluate.batch_size = {max(1, size // 4)}" if size > 1 else ""
+
+
+def _on_resume(config: RunConfig | TogetherConfig, listed: Sequence[tuple[Changes, int]]) -> str:
+    latest = CheckpointDirectory(config.output).latest()
+    if latest is None:
+        return ""
+    every_change, _ = listed[-1]
+    refused = [name for change in every_change if not may_differ(name := change.partition(" = ")[0])]
+    without = f", but without {' and '.join(refused)}, which would make another run of it" if refused else ""
+    return f"; with these --resume continues {latest}{without}"
+
+
+def _smaller(config: RunConfig | TogetherConfig, num_ranks: int, least: int) -> Iterator[tuple[Changes, int]]:
+    """(changes, expected peak in bytes), each with those before it, as far as they save something on `least`."""
+    changes: Changes = ()
     for section, setting, value in _changes(config):
         candidate = _with(config, section, {setting: value})
         peak = _peak(candidate, num_ranks)
         if peak is not None and peak < 0.99 * least:
             config, least = candidate, peak
-            names.append(f"{section}.{setting} = {value}")
-            yield " and ".join(names), peak
+            changes = (*changes, f"{section}.{setting} = {value}")
+            yield changes, peak
 
 
 def _changes(config: RunConfig | TogetherConfig) -> Iterator[tuple[str, str, int | str]]:
-    """(section, setting, value), from the cheapest to the costliest in time."""
+    """(section, setting, value): what a run can be continued with first, then from the cheapest to the costliest in
+    time."""
     runs = _runs(config)
     size = max(run.training.micro_batch_size or run.training.batch_size for run in runs)
     if size > 1:
         yield "training", "micro_batch_size", max(1, size // 4)
-    if any(run.training.optimizer in ("adamw", "sgd") for run in runs):
-        yield "training", "optimizer", "adamw-8bit"
+    evaluated = max(run.evaluate.batch_size for run in runs)
+    if evaluated > 1:
+        yield "evaluate", "batch_size", max(1, evaluated // 4)
     # Adapters that are trained together and drop out cannot be computed again.
     drops_out = len(runs) > 1 and any(getattr(run.adapter, "dropout", 0) for run in runs)
     if runs[0].training.activation_checkpointing != "all" and not drops_out:
         yield "training", "activation_checkpointing", "all"
     if size > 4:
         yield "training", "micro_batch_size", 1
+    if any(run.training.optimizer in ("adamw", "sgd") for run in runs):
+        yield "training", "optimizer", "adamw-8bit"
     if runs[0].backbone.quantization == "none" and runs[0].adapter.method != "full":
         yield "backbone", "quantization", "int8"
 

@@ -62,9 +62,13 @@ class TrainingProgress:
         return {}
 
     @property
+    def num_tokens(self) -> int:
+        return sum(report.num_tokens for report in self.history)
+
+    @property
     def tokens_per_s(self) -> float:
         seconds = sum(report.seconds for report in self.history)
-        return sum(report.num_tokens for report in self.history) / seconds if seconds else 0.0
+        return self.num_tokens / seconds if seconds else 0.0
 
     @property
     def mfu(self) -> float | None:

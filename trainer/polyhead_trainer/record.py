@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyhead_trainer.config import RunConfig
+from polyhead_trainer.config import EvaluateSection, RunConfig
 from polyhead_trainer.data import EncodedData, ExampleStream, hash_sources
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class DataFacts:
     """Examples left out, of both; with data.streaming of those that training met in its first epoch."""
     num_train_tokens: int | None
     """Unknown with data.streaming."""
+    evaluation_sha256: str = ""
+    """Over the contents of evaluate.earlier and evaluate.general_text."""
 
     @classmethod
     def of(cls, config: RunConfig, train: EncodedData | ExampleStream, held_out: EncodedData) -> DataFacts:
@@ -68,12 +71,20 @@ class DataFacts:
             num_held_out=len(held_out.examples),
             num_too_long=held_out.num_too_long + (held.num_too_long if held is not None else 0),
             num_train_tokens=held.num_tokens if held is not None else None,
+            evaluation_sha256=_hash_evaluation(config.evaluate),
         )
 
     def after(self, stream: ExampleStream | None) -> DataFacts:
         """What is known after the last step."""
         met = stream.position.num_too_long if stream is not None else 0
         return dataclasses.replace(self, num_too_long=self.num_too_long + met)
+
+
+def _hash_evaluation(settings: EvaluateSection) -> str:
+    digest = hashlib.sha256(hash_sources(settings.earlier).encode())
+    if settings.general_text is not None:
+        digest.update(settings.general_text.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +143,8 @@ class RunRecord:
     rank_bytes: dict[str, dict[str, int]] | None = None
     """With several ranks: `held` by the main rank in its first step, and what a `replica` of DDP holds."""
     energy_joules: dict[str, float] = dataclasses.field(default_factory=dict)
-    """While training, by counter: of the whole device, whatever else it did. Empty: none could be read."""
+    """While training, by counter: of the whole device, whatever else it did; with `trained_with` its part by tokens.
+    Empty: none could be read."""
     mfu: float | None = None
     """Model FLOPs utilisation of the training steps, as `utilization` counts it: a share of `peak_flops_per_s`."""
     peak_flops_per_s: float | None = None

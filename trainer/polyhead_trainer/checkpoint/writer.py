@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ from polyhead_trainer.parallel import Ranks
 from polyhead_trainer.storage import write_durably, writing
 
 STATE_FILE = "polyhead_run.json"
-SCHEMA = 2
+SCHEMA = 3
 """Raise when a checkpoint's files change their meaning."""
 
 
@@ -52,6 +53,8 @@ class SavedRun:
     step: int = 0
     train_seconds: float = 0.0
     num_ranks: int = 1
+    stopped_because: str | None = None
+    """As the loop's: why no step follows, though some are left."""
     hooks: dict[str, Any]
     """State of each Stateful by its name."""
 
@@ -148,10 +151,14 @@ class CheckpointWriter:
                 self._directory.commit(step, self._settings.keep)
 
     def close(self) -> None:
-        """At the end of the run, failed ones included: nothing half written stays."""
+        """At the end of the run, failed ones included: what is whole by then is kept, nothing half written stays."""
         if self._writing is not None:
-            self._writing[1].exception()
+            step, future = self._writing
             self._writing = None
+            # The run's own error, if there is one, says more than that of a disk which fails here.
+            with contextlib.suppress(OSError):
+                if future.exception() is None and self._ranks.is_main:
+                    self._directory.commit(step, self._settings.keep)
         if self._ranks.is_main:
             self._directory.discard_staging()
 
@@ -181,7 +188,13 @@ class Checkpointer(CheckpointWriter):
         last = report.step == report.num_steps or loop.stopped_because is not None
         if self.is_due(report.step, last):
             hooks = {name: hook.state_dict() for name, hook in self._stateful.items()}
-            saved = replace(self._run, step=loop.step, num_ranks=self._ranks.size, hooks=hooks)
+            saved = replace(
+                self._run,
+                step=loop.step,
+                num_ranks=self._ranks.size,
+                stopped_because=loop.stopped_because,
+                hooks=hooks,
+            )
             self.save(
                 loop.step, saved.to_json(), gather(loop, self._ranks.rank) | stateful_tensors(loop, self._stateful)
             )
@@ -199,7 +212,7 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
         del state[f"random-{ranks.rank}"]
     load(state, checkpoint_id=checkpoint, no_dist=ranks.size == 1)
     put_back(loop, state, ranks.rank)
-    loop.step = saved.step
+    loop.step, loop.stopped_because = saved.step, saved.stopped_because
     for name, hook in stateful.items():
         hook.load_state_dict(saved.hooks[name])
     return saved

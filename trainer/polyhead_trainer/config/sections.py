@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,12 @@ def _of_one_form(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
+def _of_known_kind(device: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError("expected cpu, cuda, or cuda:N for one GPU of several")
+    return device
+
+
 Columns = Annotated[dict[str, str], AfterValidator(_of_one_form)]
 """From fields of one form to the data's own names for them."""
 
@@ -31,10 +38,10 @@ class BackboneSection(Section):
     constants quantised as well, on CUDA; `none`: weights in `dtype`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16."""
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
+    device: Annotated[str, AfterValidator(_of_known_kind)] = "cpu"
+    """`cpu`, `cuda`, or `cuda:N` for one GPU of several."""
     cache_dir: Path | None = None
-    """Where converted backbones are kept; unset: `$XDG_CACHE_HOME/polyhead` or `~/.cache/polyhead`."""
+    """Where converted backbones are kept; unset: `$POLYHEAD_CACHE`, `$XDG_CACHE_HOME/polyhead`, `~/.cache/polyhead`."""
 
 
 class DataSection(Section):
@@ -77,7 +84,8 @@ class TrainingSection(Section):
     batch_size: Positive = 16
     """Examples per optimizer step."""
     micro_batch_size: Positive | None = None
-    """Most examples in one forward pass; unset: batch_size. Smaller saves memory and changes no result."""
+    """Most examples in one forward pass; unset: batch_size. Smaller saves memory and changes results by rounding alone
+    (and which random numbers dropout draws)."""
     packing: bool = False
     """Lay the examples of a forward pass end to end, without padding and without one seeing another. Saves time and
     changes no result; refused where the backbone or the method could not keep the examples apart."""
@@ -115,7 +123,8 @@ class TrainingSection(Section):
     """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
     0: never in chunks."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """Noise on the embeddings while training (NEFTune, Jain et al. 2023; 5 there); 0: none."""
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023; 5 there), the smaller the longer a padded row,
+    or a packed example, is; 0: none."""
     evaluate_every: Count = 0
     """Steps between measurements of the held-out loss while training; 0: before and after alone."""
     early_stopping_patience: Count = 0
@@ -152,6 +161,9 @@ class TrainingSection(Section):
 class EvaluateSection(Section):
     max_examples: Count = 200
     """Held-out examples whose loss is measured; 0: all."""
+    batch_size: Positive = 32
+    """Most held-out examples in one forward pass, and most that are answered at once (preferences: pairs, of two texts
+    each). Smaller saves memory and changes results by rounding alone."""
     generate_examples: Count = 32
     """Held-out examples that are answered, greedily, by the backbone and by the tuned model."""
     max_new_tokens: Positive = 32
@@ -252,19 +264,48 @@ class RunConfig(Section):
             raise ValueError(f"adapter.method = head trains a classifier: set task = classification, not {self.task}")
         if self.task == "seq2seq":
             self._check_seq2seq()
+        if self.task == "classification":
+            self._check_classification()
+        if self.task == "preference":
+            self._check_preference()
         if self.training.packing and self.task != "completion":
             raise ValueError(f"training.packing works with task = completion, not {self.task}: leave it out")
-        if method == "full" and self.task == "preference":
+        return self
+
+    def _check_classification(self) -> None:
+        others = "choose lora, ia3, ln_tuning, bottleneck, head or full"
+        if self.adapter.method in ("prompt_tuning", "p_tuning", "prefix_tuning"):
             raise ValueError(
-                "task = preference compares the model with itself without its adapter, and adapter.method = full has "
-                "none: choose another method"
+                f"adapter.method = {self.adapter.method} with task = classification: peft cannot switch virtual tokens "
+                f"off in a classifier, and transformers then reads the scores where a text's padding is: {others}"
             )
-        if self.task == "classification" and (self.evaluate.general_text is not None or self.evaluate.earlier):
+        if self.adapter.method == "llama_adapter":
+            raise ValueError(
+                "adapter.method = llama_adapter with task = classification: peft neither trains nor saves the "
+                f"classifier's scores with it, and all labels would stay equally likely: {others}"
+            )
+        if isinstance(self.adapter, LoraSettings) and self.adapter.init in ("pissa", "olora"):
+            raise ValueError(
+                f"adapter.init = {self.adapter.init} with task = classification: peft leaves the classifier's scores "
+                "out of what it saves then: set adapter.init = default"
+            )
+        if self.evaluate.general_text is not None or self.evaluate.earlier:
             raise ValueError(
                 "evaluate.general_text and evaluate.earlier measure a language model, and with task = classification "
                 "there is none any more: leave them out"
             )
-        return self
+
+    def _check_preference(self) -> None:
+        if self.adapter.method == "full":
+            raise ValueError(
+                "task = preference compares the model with itself without its adapter, and adapter.method = full has "
+                "none: choose another method"
+            )
+        if isinstance(self.adapter, LoraSettings) and self.adapter.bias != "none":
+            raise ValueError(
+                f"adapter.bias = {self.adapter.bias} with task = preference: the trained biases stay on when the "
+                "adapter is switched off, and the reference would drift with them: set adapter.bias = none"
+            )
 
     def _check_seq2seq(self) -> None:
         if self.adapter.method not in ("lora", "ia3", "full"):

@@ -98,13 +98,13 @@ def evaluation_passes(
     if config.task == "completion":
         objective = plain
     model.eval()
-    for chunk in largest(by_length(held_out[: settings.max_examples or None])):
+    for chunk in largest(by_length(held_out[: settings.max_examples or None], settings.batch_size)):
         yield partial(objective.loss_sum, model, chunk, CPU)
     if config.task in ("completion", "preference"):
         if settings.general_text is not None:
             window = [_text_of(min(WINDOW_TOKENS, settings.general_tokens), is_label=True)]
             yield partial(plain.loss_sum, model, window, CPU)
-        for chunk in largest(by_length(held_out[: settings.generate_examples])):
+        for chunk in largest(by_length(held_out[: settings.generate_examples], settings.batch_size)):
             yield partial(_generate, model, chunk, pad_id, settings.max_new_tokens)
 
 

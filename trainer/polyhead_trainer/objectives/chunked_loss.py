@@ -46,16 +46,19 @@ def chunked_loss_sums(model: nn.Module, batch: Batch, chunk_rows: int, sizes: Se
             logits_CV = causal_lm.forward(input_ids=batch.token_ids_BT[:1, :1], use_cache=False).logits[0]
         return F.cross_entropy(logits_CV.float(), targets_C, reduction="sum")
 
-    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-
-    def loss_sum(hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return _ChunkedLoss.apply(loss_of, chunk_rows, targets_N, hidden_NH, *parameters)  # type: ignore[no-untyped-call,no-any-return]
-        parts = zip(hidden_NH.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
-        return torch.stack([loss_of(hidden_CH, targets_C) for hidden_CH, targets_C in parts]).sum()
-
     runs = zip(hidden_NH.split(list(sizes)), batch.targets_N.split(list(sizes)), strict=True)
-    return [loss_sum(hidden_NH, targets_N) for hidden_NH, targets_N in runs]
+    return [in_chunks(loss_of, hidden_NH, targets_N, chunk_rows, head) for hidden_NH, targets_N in runs]
+
+
+def in_chunks(
+    loss_of: Callable[[Tensor, Tensor], Tensor], hidden_NH: Tensor, targets_N: Tensor, chunk_rows: int, head: nn.Module
+) -> Tensor:
+    """The sum over chunks of `loss_of(hidden_CH, targets_C)`, which puts hidden states through `head`."""
+    if torch.is_grad_enabled():
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        return _ChunkedLoss.apply(loss_of, chunk_rows, targets_N, hidden_NH, *parameters)  # type: ignore[no-untyped-call,no-any-return]
+    parts = zip(hidden_NH.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
+    return torch.stack([loss_of(hidden_CH, targets_C) for hidden_CH, targets_C in parts]).sum()
 
 
 def chunk_rows(limit: int, num_labels: int, vocabulary: int) -> int | None:
@@ -73,7 +76,7 @@ def _rows_before_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor
         taken.append(hidden)
         return hidden[..., :1]
 
-    with _forward_replaced(head, take):
+    with forward_replaced(head, take):
         model(**model_inputs(batch))
     (hidden,) = taken
     return hidden.reshape(-1, hidden.shape[-1])
@@ -81,11 +84,11 @@ def _rows_before_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor
 
 def _decoder_returns(causal_lm: Any, hidden: Tensor) -> Any:
     output = BaseModelOutputWithPast(last_hidden_state=hidden)
-    return _forward_replaced(causal_lm.get_decoder(), lambda *_, **__: output)
+    return forward_replaced(causal_lm.get_decoder(), lambda *_, **__: output)
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -21,7 +21,7 @@ from polyhead_trainer.config import EvaluateSection, RunConfig
 from polyhead_trainer.data import EncodedExample, Example, read_examples
 from polyhead_trainer.data.encode import expect_form
 from polyhead_trainer.errors import DataError
-from polyhead_trainer.evaluate import Measures, by_length
+from polyhead_trainer.evaluate import Measures, by_length, compute_device
 from polyhead_trainer.heads import classifier, is_head_directory, load_head
 from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.methods.full import is_whole_model, load_whole_model
@@ -72,6 +72,7 @@ class ClassificationEvaluator:
     labels: list[str]
     held_out: list[EncodedExample]
     answered: list[EncodedExample]
+    batch_size: int
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measures:
@@ -92,8 +93,8 @@ class ClassificationEvaluator:
     def _classify(self, model: nn.Module, examples: Sequence[EncodedExample]) -> tuple[float, list[str]]:
         """(summed loss, the likeliest label of each of `examples`)."""
         total, found = 0.0, {}
-        for chunk in by_length(examples):
-            logits_BL = label_scores(model, chunk, self.pad_id, next(model.parameters()).device)
+        for chunk in by_length(examples, self.batch_size):
+            logits_BL = label_scores(model, chunk, self.pad_id, compute_device(model))
             total += F.cross_entropy(logits_BL, label_ids(chunk).to(logits_BL.device), reduction="sum").item()
             for item, label in zip(chunk, logits_BL.argmax(dim=1).tolist(), strict=True):
                 found[id(item)] = self.labels[label]
@@ -137,6 +138,7 @@ class ClassificationTask:
             labels=self.labels,
             held_out=list(held_out[: self.settings.max_examples or None]),
             answered=list(held_out[: self.settings.generate_examples]),
+            batch_size=self.settings.batch_size,
         )
 
     def reload(self, directory: Path) -> nn.Module:

@@ -17,7 +17,7 @@ from polyhead_trainer import data, evaluate
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample, Example
 from polyhead_trainer.data.encode import expect_form
-from polyhead_trainer.evaluate import Measures, by_length
+from polyhead_trainer.evaluate import Measures, by_length, compute_device
 from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.objectives.preference import (
     EncodedPair,
@@ -38,6 +38,8 @@ class PreferenceEvaluator:
     reference_P2: Tensor
     """The untouched backbone's log-probabilities of the held-out pairs."""
     beta: float
+    logit_chunk: int
+    """Most logits held at once, as training.logit_chunk; 0: all."""
 
     @property
     def answered(self) -> list[EncodedExample]:
@@ -46,7 +48,7 @@ class PreferenceEvaluator:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measures:
         model.eval()
-        policy_P2 = all_log_probs(model, self.held_out, self.completions.pad_id)
+        policy_P2 = self._log_probs(model)
         margins_P = reward_margins(policy_P2, self.reference_P2, self.beta)
         return dataclasses.replace(
             self.completions.measure(model),
@@ -58,8 +60,12 @@ class PreferenceEvaluator:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        policy_P2 = all_log_probs(model, self.held_out, self.completions.pad_id)
-        return preference_losses(reward_margins(policy_P2, self.reference_P2, self.beta)).mean().item()
+        margins_P = reward_margins(self._log_probs(model), self.reference_P2, self.beta)
+        return preference_losses(margins_P).mean().item()
+
+    def _log_probs(self, model: nn.Module) -> Tensor:
+        given = self.completions
+        return all_log_probs(model, self.held_out, given.pad_id, given.batch_size, self.logit_chunk)
 
 
 def won_share(margins_P: Tensor) -> float:
@@ -68,13 +74,15 @@ def won_share(margins_P: Tensor) -> float:
 
 
 @torch.no_grad()
-def all_log_probs(model: nn.Module, pairs: Sequence[EncodedExample], pad_id: int) -> Tensor:
+def all_log_probs(
+    model: nn.Module, pairs: Sequence[EncodedExample], pad_id: int, batch_size: int, logit_chunk: int
+) -> Tensor:
     """As pair_log_probs, in the order of `pairs`, on the CPU. [P, 2]"""
     place = {id(pair): index for index, pair in enumerate(pairs)}
     found_P2 = torch.zeros(len(pairs), 2)
-    for chunk in by_length(pairs):
-        device = next(model.parameters()).device
-        found_P2[[place[id(pair)] for pair in chunk]] = pair_log_probs(model, chunk, pad_id, device).cpu()
+    for chunk in by_length(pairs, batch_size):
+        log_probs_B2 = pair_log_probs(model, chunk, pad_id, compute_device(model), logit_chunk)
+        found_P2[[place[id(pair)] for pair in chunk]] = log_probs_B2.cpu()
     return found_P2
 
 
@@ -104,8 +112,12 @@ class PreferenceTask:
         )
 
     def objective(self, tuned: Tuned) -> PreferenceObjective:
-        pad_id = padding_id(self.backbone.tokenizer)
-        return PreferenceObjective(pad_id=pad_id, beta=self.config.preference.beta, reference=tuned.baseline)
+        return PreferenceObjective(
+            pad_id=padding_id(self.backbone.tokenizer),
+            beta=self.config.preference.beta,
+            reference=tuned.baseline,
+            logit_chunk=self.config.training.logit_chunk,
+        )
 
     def evaluator(self, held_out: Sequence[EncodedExample]) -> PreferenceEvaluator:
         settings, tokenizer = self.config.evaluate, self.backbone.tokenizer
@@ -114,12 +126,16 @@ class PreferenceTask:
         chosen = [pair.chosen for pair in pairs]
         length = self.config.data.max_length
         completions = evaluate.prepare(settings, chosen, tokenizer, padding_id(tokenizer), length)
+        logit_chunk = self.config.training.logit_chunk
         self.backbone.model.eval()
         return PreferenceEvaluator(
             completions=completions,
             held_out=measured,
-            reference_P2=all_log_probs(self.backbone.model, measured, completions.pad_id),
+            reference_P2=all_log_probs(
+                self.backbone.model, measured, completions.pad_id, completions.batch_size, logit_chunk
+            ),
             beta=self.config.preference.beta,
+            logit_chunk=logit_chunk,
         )
 
     def reload(self, directory: Path) -> nn.Module:

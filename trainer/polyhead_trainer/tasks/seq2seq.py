@@ -1,6 +1,7 @@
 """Completions by an encoder-decoder (T5, mT5, mt0): the encoder reads the prompt, the decoder writes the completion.
 
-B examples, S tokens of the longest prompt, T of the longest completion, N label tokens.
+B examples, S tokens of the longest prompt, T of the longest completion, N label tokens, C of them in a chunk, H hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
-from polyhead_trainer import data, scores
-from polyhead_trainer.config import EvaluateSection, RunConfig
+from polyhead_trainer import data
+from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample, Example
-from polyhead_trainer.evaluate import Measures, by_length
+from polyhead_trainer.evaluate import Measures, answer_scores, by_length, compute_device
 from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.methods.full import is_whole_model, load_whole_model
+from polyhead_trainer.objectives.chunked_loss import chunk_rows, forward_replaced, in_chunks
 from polyhead_trainer.tokens import padding_id
 
 IGNORED = -100
@@ -53,18 +57,61 @@ class Seq2SeqObjective:
     """Cross-entropy of the completion's tokens, its end token included. Implements Objective."""
 
     pad_id: int
+    logit_chunk: int = 0
+    """Most logits held at once, as training.logit_chunk; 0: all."""
 
     def num_units(self, examples: Sequence[EncodedExample]) -> int:
         return sum(example.num_labels for example in examples)
 
     def loss_sum(self, model: nn.Module, examples: Sequence[EncodedExample], device: torch.device) -> Tensor:
         batch = collate_pairs(examples, self.pad_id, device)
+        # Padded positions have logits too, unless they are computed in chunks.
+        rows = chunk_rows(self.logit_chunk, batch.labels_BT.numel(), cast(Any, model).config.vocab_size)
+        if rows is not None:
+            return chunked_seq2seq_loss_sum(model, batch, rows)
         # The model shifts the labels to the right by itself to make the decoder's input.
         output = model(input_ids=batch.prompt_ids_BS, attention_mask=batch.prompt_mask_BS, labels=batch.labels_BT)
         logits_BTV = cast(Tensor, output.logits).float()
         return F.cross_entropy(
             logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+
+def chunked_seq2seq_loss_sum(model: nn.Module, batch: Seq2SeqBatch, chunk_rows: int) -> Tensor:
+    """As objectives.chunked_loss: the model's own forward computes both halves, [C, vocabulary] logits at a time."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, decoder = whole.get_output_embeddings(), whole.get_decoder()
+    is_label_BT = batch.labels_BT != IGNORED
+    hidden_NH = _decoded(model, whole, batch)[is_label_BT]
+    nothing_read = BaseModelOutput(last_hidden_state=hidden_NH.detach()[None, :1])
+
+    def loss_of(hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+        decoded = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_CH.unsqueeze(0))
+        with forward_replaced(decoder, lambda *_, **__: decoded):
+            output = whole.forward(
+                encoder_outputs=nothing_read, decoder_input_ids=batch.prompt_ids_BS[:1, :1], use_cache=False
+            )
+        return F.cross_entropy(output.logits[0].float(), targets_C, reduction="sum")
+
+    return in_chunks(loss_of, hidden_NH, batch.labels_BT[is_label_BT], chunk_rows, head)
+
+
+def _decoded(model: nn.Module, whole: Any, batch: Seq2SeqBatch) -> Tensor:
+    """What the decoder returns, [B, T, H], without any logits."""
+    taken: list[Tensor] = []
+    handle = whole.get_decoder().register_forward_hook(lambda _, __, output: taken.append(output[0]))
+    try:
+        with forward_replaced(whole.get_output_embeddings(), lambda hidden, *_, **__: hidden[..., :1]):
+            model(
+                input_ids=batch.prompt_ids_BS,
+                attention_mask=batch.prompt_mask_BS,
+                decoder_input_ids=whole.prepare_decoder_input_ids_from_labels(labels=batch.labels_BT),
+                use_cache=False,
+            )
+    finally:
+        handle.remove()
+    (hidden_BTH,) = taken
+    return hidden_BTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +123,7 @@ class Seq2SeqEvaluator:
     held_out: list[EncodedExample]
     answered: list[EncodedExample]
     max_new_tokens: int
+    batch_size: int
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measures:
@@ -84,22 +132,21 @@ class Seq2SeqEvaluator:
         references = [item.example.reference for item in self.answered]
         return Measures(
             held_out_loss=self.held_out_loss(model),
-            exact_match=scores.exact_match(answers, references) if answers else None,
-            chrf=scores.chrf(answers, references) if answers else None,
+            **answer_scores(answers, references),
             answers=answers,
         )
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        device = next(model.parameters()).device
-        chunks = by_length(self.held_out)
+        device = compute_device(model)
+        chunks = by_length(self.held_out, self.batch_size)
         total = sum(self.objective.loss_sum(model, chunk, device).item() for chunk in chunks)
         return total / self.objective.num_units(self.held_out)
 
     def _generate(self, model: nn.Module) -> list[str]:
         texts: dict[int, str] = {}
-        for chunk in by_length(self.answered):
-            batch = collate_pairs(chunk, self.objective.pad_id, next(model.parameters()).device)
+        for chunk in by_length(self.answered, self.batch_size):
+            batch = collate_pairs(chunk, self.objective.pad_id, compute_device(model))
             generated_BT = cast(Any, model).generate(
                 input_ids=batch.prompt_ids_BS,
                 attention_mask=batch.prompt_mask_BS,
@@ -116,7 +163,7 @@ class Seq2SeqTask:
     """Implements Task."""
 
     backbone: Backbone
-    settings: EvaluateSection
+    config: RunConfig
 
     @property
     def labels(self) -> list[str]:
@@ -127,15 +174,22 @@ class Seq2SeqTask:
         return data.encode(example, tokenizer)
 
     def objective(self, tuned: Tuned) -> Seq2SeqObjective:
-        return Seq2SeqObjective(pad_id=padding_id(self.backbone.tokenizer))
+        return self._objective()
+
+    def _objective(self) -> Seq2SeqObjective:
+        return Seq2SeqObjective(
+            pad_id=padding_id(self.backbone.tokenizer), logit_chunk=self.config.training.logit_chunk
+        )
 
     def evaluator(self, held_out: Sequence[EncodedExample]) -> Seq2SeqEvaluator:
+        settings = self.config.evaluate
         return Seq2SeqEvaluator(
             tokenizer=self.backbone.tokenizer,
-            objective=Seq2SeqObjective(pad_id=padding_id(self.backbone.tokenizer)),
-            held_out=list(held_out[: self.settings.max_examples or None]),
-            answered=list(held_out[: self.settings.generate_examples]),
-            max_new_tokens=self.settings.max_new_tokens,
+            objective=self._objective(),
+            held_out=list(held_out[: settings.max_examples or None]),
+            answered=list(held_out[: settings.generate_examples]),
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
         )
 
     def reload(self, directory: Path) -> nn.Module:
@@ -151,4 +205,4 @@ def seq2seq(config: RunConfig, backbone: Backbone) -> Seq2SeqTask:
             f"task = seq2seq needs an encoder-decoder, and {backbone.source!r} is {backbone.architecture}: set "
             "task = completion"
         )
-    return Seq2SeqTask(backbone=backbone, settings=config.evaluate)
+    return Seq2SeqTask(backbone=backbone, config=config)

@@ -13,6 +13,7 @@ from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedR
 from polyhead_trainer.checkpoint.tensors import gather, put_back
 from polyhead_trainer.checkpoint.writer import CheckpointWriter, read_state, state_text, stateful_tensors
 from polyhead_trainer.config import CheckpointSection
+from polyhead_trainer.energy import EnergyMeter
 from polyhead_trainer.errors import ResumeRefused, TrainingDiverged
 from polyhead_trainer.together.loop import Course
 from polyhead_trainer.together.model import SharedBackbone
@@ -29,8 +30,8 @@ class SavedTogether:
     adapters: dict[str, SavedRun]
     failures: dict[str, str]
     """Messages of the adapters that had diverged."""
-    stopped: dict[str, str]
-    """Why others had ended before their last step."""
+    energy: dict[str, Any]
+    """State of the EnergyMeter, which measures all of them at once."""
 
     @classmethod
     def read(cls, directory: Path) -> SavedTogether:
@@ -40,18 +41,21 @@ class SavedTogether:
     @classmethod
     def _of(cls, saved: dict[str, Any]) -> SavedTogether:
         adapters = {name: SavedRun.of(run) for name, run in saved["adapters"].items()}
-        return cls(round=saved["round"], adapters=adapters, failures=saved["failures"], stopped=saved["stopped"])
+        return cls(**{**saved, "adapters": adapters})
 
-    def check_continues(self, identities: Mapping[str, RunIdentity], origin: Path) -> None:
-        """Raises ResumeRefused, with what changed."""
+    def check_continues(self, identities: Mapping[str, RunIdentity], origin: Path) -> list[str]:
+        """As RunIdentity's. Raises ResumeRefused, with what changed."""
         if list(identities) != list(self.adapters):
             raise ResumeRefused(
                 f"{origin} belongs to another run: its [[adapters]] were {', '.join(self.adapters)}, and are "
                 f"{', '.join(identities)}. Set back what changed, or choose another output, or delete the checkpoints "
                 "to start anew"
             )
-        for name, identity in identities.items():
-            identity.check_continues(self.adapters[name].identity, f"{origin}, adapter {name},")
+        return [
+            f"{name}: {remark}"
+            for name, identity in identities.items()
+            for remark in identity.check_continues(self.adapters[name].identity, f"{origin}, adapter {name},")
+        ]
 
 
 class TogetherCheckpointer(CheckpointWriter):
@@ -64,12 +68,14 @@ class TogetherCheckpointer(CheckpointWriter):
         shared: SharedBackbone,
         saved: SavedTogether,
         stateful: Mapping[str, Mapping[str, Stateful]],
+        energy: EnergyMeter,
     ) -> None:
         """`saved`: as the run began, or was continued; `stateful`: by the adapter's name."""
         super().__init__(directory, settings)
         self._shared = shared
         self._saved = saved
         self._stateful = stateful
+        self._energy = energy
         self._round = saved.round
 
     def after_round(self, courses: Sequence[Course]) -> None:
@@ -86,15 +92,14 @@ class TogetherCheckpointer(CheckpointWriter):
             hooks = {hook: stateful.state_dict() for hook, stateful in self._stateful[name].items()}
             before = self._saved.adapters[name]
             adapters[name] = SavedRun(
-                identity=before.identity, before=before.before, step=course.loop.step, hooks=hooks
+                identity=before.identity,
+                before=before.before,
+                step=course.loop.step,
+                stopped_because=course.loop.stopped_because,
+                hooks=hooks,
             )
         failures = {course.member.name: course.failure.message for course in courses if course.failure is not None}
-        stopped = {
-            course.member.name: course.loop.stopped_because
-            for course in courses
-            if course.loop.stopped_because is not None
-        }
-        return SavedTogether(round=self._round, adapters=adapters, failures=failures, stopped=stopped)
+        return SavedTogether(round=self._round, adapters=adapters, failures=failures, energy=self._energy.state_dict())
 
     def _tensors(self, course: Course) -> dict[str, Any]:
         with self._shared.only(course.member):
@@ -106,6 +111,7 @@ def restore_together(
     shared: SharedBackbone,
     courses: Sequence[Course],
     stateful: Mapping[str, Mapping[str, Stateful]],
+    energy: EnergyMeter,
 ) -> SavedTogether:
     """Puts every adapter back to where `checkpoint` was written. Raises ResumeRefused."""
     saved = SavedTogether.read(checkpoint)
@@ -114,13 +120,14 @@ def restore_together(
         with shared.only(course.member):
             state[course.member.name] = _gather(course, stateful[course.member.name])
     load(state, checkpoint_id=checkpoint, no_dist=True)
+    energy.load_state_dict(saved.energy)
     for course in courses:
         name = course.member.name
         with shared.only(course.member):
             put_back(course.loop, state[name], rank=0)
         course.member.dropout.set_state(state[name]["dropout"])
         course.loop.step = saved.adapters[name].step
-        course.loop.stopped_because = saved.stopped.get(name)
+        course.loop.stopped_because = saved.adapters[name].stopped_because
         for hook, one in stateful[name].items():
             one.load_state_dict(saved.adapters[name].hooks[hook])
         if name in saved.failures:

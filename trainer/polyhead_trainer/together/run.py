@@ -16,6 +16,7 @@ from polyhead_trainer import backbones, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
 from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
@@ -107,12 +108,14 @@ def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool
     shared = SharedBackbone(backbone, settings.logit_chunk)
     adapters = [_open(run, name, shared, facts, console, replaces[name]) for name, run in config.runs.items()]
     shared.prepare([example for adapter in adapters for example in adapter.data.sample()])
-    _train(config, shared, adapters, facts, checkpoints, console)
+    energy = EnergyMeter(readable_counters(backbone.device))
+    _train(config, shared, adapters, facts, checkpoints, console, energy)
 
     published = {}
     for adapter in adapters:
         if adapter.course.failure is None:
-            published[adapter.name] = _finish(adapter, adapters, shared, facts, checkpoints, console, started)
+            joules = _part(energy.joules, adapter, adapters)
+            published[adapter.name] = _finish(adapter, adapters, shared, facts, checkpoints, console, started, joules)
     failures = {adapter.name: adapter.course.failure for adapter in adapters if adapter.course.failure is not None}
     checkpoints.remove()
     return TogetherResult(published=published, failures=failures)
@@ -174,6 +177,7 @@ def _train(
     facts: BackboneFacts,
     checkpoints: CheckpointDirectory,
     console: Console,
+    energy: EnergyMeter,
 ) -> None:
     """From the first round, or from the latest checkpoint on."""
     identities = {adapter.name: RunIdentity.of(adapter.config, adapter.facts, facts) for adapter in adapters}
@@ -181,8 +185,9 @@ def _train(
     courses = [adapter.course for adapter in adapters]
     latest = checkpoints.latest()
     if latest is not None:
-        SavedTogether.read(latest).check_continues(identities, latest)
-        saved = restore_together(latest, shared, courses, stateful)
+        for remark in SavedTogether.read(latest).check_continues(identities, latest):
+            console.print(remark, highlight=False, markup=False, soft_wrap=True)
+        saved = restore_together(latest, shared, courses, stateful, energy)
         console.print(f"continuing {latest} after round {saved.round}", highlight=False, soft_wrap=True)
     else:
         console.print("measuring the backbone on the held-out examples of each")
@@ -192,18 +197,35 @@ def _train(
             )
             for adapter in adapters
         }
-        saved = SavedTogether(round=0, adapters=before, failures={}, stopped={})
+        saved = SavedTogether(round=0, adapters=before, failures={}, energy={})
     for adapter in adapters:
         own = adapter.saved = saved.adapters[adapter.name]
         adapter.tracking.begin(adapter.config, own.before, adapter.progress.history)
-    checkpointer = TogetherCheckpointer(checkpoints, config.shared.checkpoint, shared, saved, stateful)
+    checkpointer = TogetherCheckpointer(checkpoints, config.shared.checkpoint, shared, saved, stateful, energy)
     progress = TogetherProgress(console, {adapter.name: adapter.progress for adapter in adapters})
+    energy.start()
     try:
         with progress:
-            train_together(shared, courses, config.shared.training, [progress, checkpointer])
+            train_together(shared, courses, config.shared.training, [progress, _AfterRound(energy), checkpointer])
         checkpointer.wait()
     finally:
         checkpointer.close()
+
+
+@dataclass(frozen=True)
+class _AfterRound:
+    """Implements RoundHook."""
+
+    energy: EnergyMeter
+
+    def after_round(self, courses: Sequence[Course]) -> None:
+        self.energy.read()
+
+
+def _part(joules: dict[str, float], adapter: _Adapter, adapters: Sequence[_Adapter]) -> dict[str, float]:
+    """The adapter's, by tokens, as its seconds are."""
+    share = adapter.progress.num_tokens / max(1, sum(other.progress.num_tokens for other in adapters))
+    return {name: spent * share for name, spent in joules.items()}
 
 
 def _finish(
@@ -214,8 +236,9 @@ def _finish(
     checkpoints: CheckpointDirectory,
     console: Console,
     started: float,
+    joules: dict[str, float],
 ) -> RunResult:
-    """Measures and publishes one adapter."""
+    """Measures and publishes one adapter; `joules` is what its training took."""
     course, config = adapter.course, adapter.config
     member: Member = course.member
     assert adapter.saved is not None
@@ -241,6 +264,7 @@ def _finish(
             train_seconds=sum(step.seconds for step in adapter.progress.history),
             total_seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(shared.backbone.device),
+            energy_joules=joules,
             trained_with=[other.name for other in adapters if other is not adapter],
         )
         latest = checkpoints.latest()
