@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
 
+from polyhead_core.control_tokens import ControlTokens
 from polyhead_core.errors import InvalidRequest, PromptTooLong
 
 ROLES = ("system", "user", "assistant")
 SCORED_FIELDS = ("text", "token_ids")
 """Of a ScoreRequest: nothing is generated after these."""
-
-# Unicode noncharacters: no text may hold them, so they can mark what came from outside while a template runs.
-_MARK_START, _MARK_END = "\ufdd0", "\ufdd1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +28,15 @@ class ChatMessage:
 class PromptEncoder:
     """Encodes prompts for one backbone. Thread-safe: its tokenizers are its own and are never reconfigured.
 
-    Control tokens are the tokenizer's special tokens and the added tokens that its chat template spells out.
-    In a prompt they are plain text unless the caller asks otherwise; in a chat only the template's own count
-    (the rule of transformers' `sanitize_control_tokens`, which older versions lack).
+    In a prompt control tokens are plain text unless the caller asks otherwise; in a chat only the template's own count.
     """
 
     def __init__(self, tokenizer: Any, *, vocab_size: int, max_model_len: int) -> None:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._chat_tokenizer = copy.deepcopy(tokenizer)
-        definition = tokenizer.backend_tokenizer.to_str()
-        control_tokens = _control_tokens(json.loads(definition)["added_tokens"], tokenizer.chat_template)
-        self._parsing = Tokenizer.from_str(definition)
-        self._plain = Tokenizer.from_str(_with_special(definition, control_tokens))
-        self._plain.encode_special_tokens = True
-        for backend in (self._parsing, self._plain):
-            backend.no_padding()
-            backend.no_truncation()
-        longest_first = sorted(control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        longest_token_bytes = max((len(token.encode()) for token in self._parsing.get_vocab()), default=1)
+        self._control = ControlTokens(tokenizer)
+        longest_token_bytes = max((len(token.encode()) for token in self._control.parsing.get_vocab()), default=1)
         self.max_prompt_bytes = max_model_len * longest_token_bytes
         """A longer text cannot fit the context, whatever it says, and is refused before it is tokenised."""
 
@@ -63,7 +48,7 @@ class PromptEncoder:
         self._check_bytes(field, len(text.encode("utf-8")))
         if not text:
             raise _invalid(field, "", f"the {field} is empty: send at least one character")
-        backend = self._parsing if parse_special_tokens else self._plain
+        backend = self._control.parsing if parse_special_tokens else self._control.plain
         return self._check_count(field, tuple(backend.encode(text).ids))
 
     def check_token_ids(self, token_ids: Sequence[int], *, field: str = "prompt_token_ids") -> tuple[int, ...]:
@@ -83,12 +68,12 @@ class PromptEncoder:
         self._check_messages(messages)
         if not self._chat_tokenizer.chat_template:
             raise _invalid("messages", "", "the backbone has no chat template: use Generate")
-        marked = [{"role": message.role, "content": self._mark(message.content)} for message in messages]
+        marked = [{"role": message.role, "content": self._control.mark(message.content)} for message in messages]
         try:
             rendered = self._chat_tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise _invalid("messages", "", f"the backbone's chat template refuses these messages: {error}") from error
-        return self._check_count("messages", self._encode_marked(rendered))
+        return self._check_count("messages", tuple(self._control.encode_marked(rendered)))
 
     def check_num_messages(self, num_messages: int) -> None:
         """Raises PromptTooLong for more messages than the context has tokens, before anything is done with them."""
@@ -131,20 +116,6 @@ class PromptEncoder:
             raise _too_many_tokens(field, len(token_ids), self._max_model_len)
         return token_ids
 
-    def _mark(self, content: str) -> str:
-        unmarked = content.replace(_MARK_START, "").replace(_MARK_END, "")
-        return self._control.sub(f"{_MARK_START}\\g<0>{_MARK_END}", unmarked)
-
-    def _encode_marked(self, rendered: str) -> tuple[int, ...]:
-        # Splitting gives template and ordinary content at even places and marked control tokens at odd ones. A mark
-        # that a template cut off from its partner still parts the text, so that its two sides cannot join.
-        ids: list[int] = []
-        for place, piece in enumerate(re.split(f"{_MARK_START}([^{_MARK_START}{_MARK_END}]*){_MARK_END}", rendered)):
-            backend = self._plain if place % 2 else self._parsing
-            for part in re.split(f"[{_MARK_START}{_MARK_END}]", piece):
-                ids += backend.encode(part, add_special_tokens=False).ids
-        return tuple(ids)
-
 
 class TokenTexts:
     """What single tokens look like as text, remembered. Reading is safe from any thread."""
@@ -165,23 +136,6 @@ class TokenTexts:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=False)
-
-
-def _control_tokens(added_tokens: Sequence[Mapping[str, Any]], chat_template: object) -> set[str]:
-    template = str(chat_template or "")
-    return {
-        token["content"]
-        for token in added_tokens
-        if token["special"] or (token["content"] in template and not token["content"].isspace())
-    }
-
-
-def _with_special(definition: str, control_tokens: set[str]) -> str:
-    """The tokenizer's `definition` with all `control_tokens` flagged special, as `encode_special_tokens` wants them."""
-    parsed = json.loads(definition)
-    for token in parsed["added_tokens"]:
-        token["special"] = token["content"] in control_tokens
-    return json.dumps(parsed)
 
 
 def _invalid(field: str, given: object, message: str) -> InvalidRequest:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from polyhead_core.control_tokens import ControlTokens
 from polyhead_trainer.data.examples import EncodedExample, Example, Form
 from polyhead_trainer.errors import DataError
 
@@ -41,7 +43,9 @@ def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> 
 def _chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
     """By turns what is given and what the assistant says, its end token included. What the assistant opens a
     conversation with is given: nothing was asked."""
-    messages = list(example.messages)
+    # As the server takes messages: what only looks like a control token is text.
+    control = _control_of(tokenizer, tokenizer.chat_template)
+    messages = [{**message, "content": control.mark(message["content"])} for message in example.messages]
     pieces: list[tuple[str, bool]] = []
     done = ""
     for turn, message in enumerate(messages):
@@ -61,7 +65,12 @@ def _chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[t
         done = answered[:answer_end]
     if not pieces:
         raise DataError(f"{example.origin}: messages: expected something that the assistant answers")
-    return [(tokenizer(text, add_special_tokens=False)["input_ids"], label) for text, label in pieces]
+    return [(control.encode_marked(text), label) for text, label in pieces]
+
+
+@lru_cache(maxsize=4)
+def _control_of(tokenizer: PreTrainedTokenizerBase, chat_template: object) -> ControlTokens:
+    return ControlTokens(tokenizer)
 
 
 def _render(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from polyhead_trainer.data.examples import Example, Form
 from polyhead_trainer.errors import DataError
 
+_HALF_OF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What JSON's \\u can write, and no tokenizer can read."""
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_FORMS: dict[tuple[str, ...], Form] = {
     ("prompt", "completion"): "completion",
@@ -82,4 +85,8 @@ def _text(value: Any, where: str) -> str:
         raise DataError(f"{where}: expected a text, got {type(value).__name__}")
     if not value:
         raise DataError(f"{where}: must not be empty")
+    if not value.isascii() and (half := _HALF_OF_A_CHARACTER.search(value)):
+        raise DataError(
+            f"{where}: {half[0]!a} after {half.start()} characters is half of one: the text was cut within a character"
+        )
     return value
