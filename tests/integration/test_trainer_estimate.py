@@ -204,6 +204,18 @@ def test_two_ranks_hold_half_and_gather_layers(tmp_path: Path) -> None:
     assert (replica.weights, replica.optimizer) == (whole.weights, whole.optimizer)
 
 
+def test_shards_in_host_memory_and_gathered_in_a_smaller_type_are_counted_so(tmp_path: Path) -> None:
+    on_cuda = ("backbone.device=cuda", "backbone.dtype=float32", "backbone.quantization=none")
+    whole, halved, offloaded = (
+        estimate(configuration(tmp_path, *on_cuda, *more), nproc=2)
+        for more in ((), ("parallel.param_dtype=bfloat16",), ("parallel.cpu_offload=true",))
+    )
+    assert halved.gathered == whole.gathered / 2
+    assert halved.peak == whole.peak - halved.gathered
+    kept = whole.weights + whole.adapter + whole.optimizer
+    assert whole.peak - kept - whole.gradients <= offloaded.peak <= whole.peak - kept
+
+
 def test_the_settings_that_save_memory_are_seen(tmp_path: Path) -> None:
     plain = estimate(configuration(tmp_path, "adapter.rank=64"))
     checkpointed = estimate(configuration(tmp_path, "adapter.rank=64", "training.activation_checkpointing=all"))

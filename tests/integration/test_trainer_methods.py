@@ -206,6 +206,66 @@ def test_a_warm_start_from_another_form_is_refused(tmp_path: Path) -> None:
         run_quietly(case_configuration(tmp_path, Case(settings=ia3, tensors={}), f"output={tmp_path}/adapters/again"))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("rslora", {"alpha": 32}, "lora_alpha = 16, where the settings make it 32"),
+        ("rslora", {"use_rslora": False}, "use_rslora = True, where the settings make it False"),
+        ("bottleneck", {"activation": "silu"}, "where the settings make it silu"),
+    ],
+)
+def test_a_warm_start_that_would_act_differently_is_refused(
+    tmp_path: Path, name: str, changed: dict[str, Any], said: str
+) -> None:
+    case = CASES[name]
+    config = case_configuration(tmp_path, case)
+    backbone = load_backbone(config.backbone.source, cache_dir=config.backbone.cache_dir)
+    (tmp_path / "first").mkdir()
+    methods.tune(backbone, config.adapter, 0).save(
+        tmp_path / "first", fingerprint=backbone.fingerprint, quantization="int8"
+    )
+    other = dataclasses.replace(case, settings={**case.settings, **changed, "warm_start": str(tmp_path / "first")})
+    with pytest.raises(AdapterMismatch, match=said):
+        run_quietly(case_configuration(tmp_path, other))
+
+
+def test_what_a_warm_start_forgets_is_told_against_what_it_starts_from(tmp_path: Path) -> None:
+    case, options = CASES["rslora"], (f'evaluate.earlier=["{tmp_path}/held_out.jsonl"]', "evaluate.max_examples=2")
+    first = run_quietly(case_configuration(tmp_path, case, *options))
+    assert first.record.before.earlier_loss == pytest.approx(first.record.before.held_out_loss)
+    warm = {**case.settings, "warm_start": str(tmp_path / "adapters/colours")}
+    again = dataclasses.replace(case, settings=warm)
+    second = run_quietly(case_configuration(tmp_path, again, *options, f"output={tmp_path}/adapters/again"))
+    assert second.record.before.held_out_loss == pytest.approx(first.record.before.held_out_loss)
+    assert second.record.before.earlier_loss == pytest.approx(first.record.after.held_out_loss)
+
+
+def test_biases_of_int8_layers_are_refused(tmp_path: Path) -> None:
+    config = case_configuration(tmp_path, Case(settings={**Q, "bias": "lora_only"}, tensors={}))
+    with pytest.raises(ConfigError, match=r"adapter.bias = lora_only: an int8 layer's bias"):
+        run_quietly(config)
+
+
+def test_pissa_of_an_embedding_is_refused(tmp_path: Path) -> None:
+    settings = {"method": "lora", "init": "pissa", "target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(ConfigError, match=r"adapter.init = pissa on an embedding"):
+        run_quietly(case_configuration(tmp_path, Case(settings=settings, tensors={}, quantization="none")))
+
+
+@pytest.mark.parametrize(("name", "some"), [("ia3", False), ("dora", True), ("ln_tuning", False)])
+def test_factors_do_not_decay(tmp_path: Path, name: str, some: bool) -> None:
+    config = case_configuration(tmp_path, CASES[name])
+    section = config.backbone
+    backbone = load_backbone(section.source, quantization=section.quantization, cache_dir=section.cache_dir)
+    tuned = methods.tune(backbone, config.adapter, seed=0)
+    groups = tuned.parameter_groups(TrainingSection(max_steps=1, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in trained_parameters(tuned.model).items()}
+    decaying = {names[id(one)] for group in groups if "weight_decay" not in group for one in group["params"]}
+    assert bool(decaying) == some
+    assert all("lora_A" in name or "lora_B" in name for name in decaying)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
 def test_lora_plus_gives_b_its_own_rate(tmp_path: Path) -> None:
     config = case_configuration(tmp_path, CASES["lora-plus"])
     backbone = load_backbone(config.backbone.source, cache_dir=config.backbone.cache_dir)

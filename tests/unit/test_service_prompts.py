@@ -134,7 +134,7 @@ def test_a_template_that_refuses_is_the_callers_error() -> None:
 def test_a_huge_prompt_is_refused_before_it_is_tokenised(
     encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder, "_plain", None)
+    monkeypatch.setattr(encoder._control, "plain", None)
     with pytest.raises(PromptTooLong, match=str(10 << 20)) as caught:
         encoder.encode_prompt("x" * (10 << 20), parse_special_tokens=False)
     assert str(encoder.max_prompt_bytes) in caught.value.message

@@ -49,6 +49,9 @@ def test_overrides_take_toml_values_and_bare_words(file: Path) -> None:
         ("adapter.rank=0", "adapter.rank = 0: Input should be greater than or equal to 1"),
         ("adapter.rank=eight", "adapter.rank = 'eight': Input should be a valid integer"),
         ("adapter.layers=[]", "would mean all layers"),
+        ("adapter={init = 'pissa', bias = 'all'}", "init = pissa goes with bias = none alone"),
+        ("adapter={init = 'olora', use_rslora = true, alpha_pattern = {q_proj = 4}}", "goes with neither rank_pattern"),
+        ("adapter={bias = 'all', warm_start = 'x'}", "bias = all goes without warm_start"),
         ("backbone.device=gpu", "backbone.device = 'gpu': expected cpu, cuda, or cuda:N"),
         ("backbone.device=cuda:x", "expected cpu, cuda, or cuda:N"),
         ("backbone.quantization=int4", "'int8', 'llm.int8', 'nf4' or 'none'"),
@@ -61,6 +64,11 @@ def test_refusals_name_the_setting(file: Path, override: str, said: str) -> None
     with pytest.raises(ConfigError) as caught:
         load_config(file, [override])
     assert said in caught.value.message
+
+
+def test_what_an_encoder_decoder_cannot_have_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match="neftune_alpha knows no encoder-decoders"):
+        load_config(file, ["task=seq2seq", "training.neftune_alpha=5"])
 
 
 def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:

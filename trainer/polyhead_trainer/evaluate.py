@@ -87,7 +87,7 @@ class Evaluator:
             held_out_loss=loss,
             **answer_scores(answers, references),
             choice_accuracy=accuracy,
-            earlier_loss=self._loss(model, self.earlier)[0] if self.earlier else None,
+            earlier_loss=self.earlier_loss(model),
             general_perplexity=self._general_perplexity(model) if self.general_ids else None,
             answers=answers,
         )
@@ -96,6 +96,11 @@ class Evaluator:
     def held_out_loss(self, model: torch.nn.Module) -> float:
         """As `measure` gives it; `model` must be in evaluation mode."""
         return self._held_out(model)[0]
+
+    @torch.no_grad()
+    def earlier_loss(self, model: torch.nn.Module) -> float | None:
+        """On the data of tasks that were learned before; None: none are named."""
+        return self._loss(model, self.earlier)[0] if self.earlier else None
 
     def _held_out(self, model: torch.nn.Module) -> tuple[float, float | None]:
         """(loss, choice accuracy)"""
@@ -191,7 +196,9 @@ def _earlier_examples(
 ) -> list[EncodedExample]:
     if not settings.earlier:
         return []
-    return load_examples(settings.earlier, tokenizer, max_length, columns=settings.earlier_columns).examples
+    columns, most = settings.earlier_columns, settings.max_examples or None
+    each = [load_examples([entry], tokenizer, max_length, columns=columns).examples for entry in settings.earlier]
+    return [example for examples in each for example in examples[:most]]
 
 
 def _choice_ids(

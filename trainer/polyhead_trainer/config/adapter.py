@@ -72,6 +72,18 @@ class LoraSettings(AdapterSection):
     def _combinations(self) -> LoraSettings:
         if self.init in ("pissa", "olora") and (self.use_dora or self.warm_start is not None):
             raise ValueError(f"init = {self.init} goes with neither use_dora nor warm_start")
+        if self.init in ("pissa", "olora") and self.bias != "none":
+            raise ValueError(f"init = {self.init} goes with bias = none alone: peft cannot save it as plain LoRA else")
+        if self.init in ("pissa", "olora") and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                f"init = {self.init} with use_rslora goes with neither rank_pattern nor alpha_pattern: peft cannot "
+                "save it as plain LoRA then"
+            )
+        if self.bias != "none" and self.warm_start is not None:
+            raise ValueError(
+                f"bias = {self.bias} goes without warm_start: the biases that it brings stay on when the adapter is "
+                "switched off, and nothing could be compared with the backbone"
+            )
         return self
 
     def describe(self) -> str:

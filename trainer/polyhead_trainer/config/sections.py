@@ -102,7 +102,9 @@ class TrainingSection(Section):
     """Share of the steps over which the learning rate rises linearly."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"] = "adamw"
     """adamw-8bit: bitsandbytes' (states in 8 bits; on the CPU as well); paged-adamw-8bit: the same with states that
-    move to host memory under pressure (CUDA alone); adafactor: one row and one column of states for a matrix."""
+    move to host memory under pressure (CUDA alone); adafactor: one row and one column of states for a matrix, and steps
+    of torch's kind: of the size of the parameter (at least 1e-3) times the smaller of learning_rate and 1 / sqrt(step),
+    so that it wants rates near 1."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Of the AdamW family: decay rates of the first and second moments."""
     momentum: Fraction = 0.0
@@ -174,9 +176,8 @@ class EvaluateSection(Section):
     general_text: Path | None = None
     """A text of another kind: its perplexity before and after shows what was forgotten."""
     earlier: list[str] = []
-    """Held-out data of tasks that were learned before this one, entries as in data.train: their loss before and after
-    shows what was forgotten. (The loss before is the backbone's; with adapter.warm_start, that adapter's own run
-    measured its.)"""
+    """Held-out data of tasks that were learned before this one, entries as in data.train, max_examples of each: their
+    loss before and after shows what was forgotten. With adapter.warm_start the loss before is that adapter's."""
     earlier_columns: Columns = {}
     """As data.columns, for the data of `earlier`."""
     general_tokens: Positive = 4096
@@ -310,5 +311,7 @@ class RunConfig(Section):
     def _check_seq2seq(self) -> None:
         if self.adapter.method not in ("lora", "ia3", "full"):
             raise ValueError(f"task = seq2seq works with adapter.method = lora, ia3 or full, not {self.adapter.method}")
+        if self.training.neftune_alpha:
+            raise ValueError("training.neftune_alpha knows no encoder-decoders, whose two halves embed: leave it out")
         if self.evaluate.general_text is not None or self.evaluate.earlier or self.evaluate.choices:
             raise ValueError("task = seq2seq has no evaluate.general_text, evaluate.earlier or evaluate.choices")

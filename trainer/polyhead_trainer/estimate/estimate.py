@@ -73,7 +73,8 @@ def estimate(config: RunConfig | TogetherConfig, *, nproc: int = 1) -> Estimate:
     optimizer = state_bytes(config.training.optimizer, parameters, config.training) // num_shards
     trained = sum(parameter.nbytes for parameter in parameters) // num_shards
     copies = copied_bytes(config, trained, optimizer, _num_steps(config, data), tuned.is_adapter and nproc == 1)
-    return Estimate.of(parts, optimizer, copies, peaks, MicroBatch.of(batches[0]))
+    offloaded = config.parallel.cpu_offload and num_shards > 1
+    return Estimate.of(parts, optimizer, copies, peaks, MicroBatch.of(batches[0]), offloaded=offloaded)
 
 
 def _estimate_together(config: TogetherConfig, nproc: int) -> Estimate:

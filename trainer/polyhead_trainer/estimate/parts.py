@@ -37,7 +37,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on one rank: with parallel.strategy = fsdp and several ranks, of its shards."""
+    """Bytes on one rank: with parallel.strategy = fsdp and several ranks, of its shards.
+
+    With parallel.cpu_offload, weights, adapter, optimizer and gradients are in host memory, and no part of the peak.
+    Activations are counted in backbone.dtype, which parallel.param_dtype may be smaller than.
+    """
 
     weights: int
     """Of the backbone as it was loaded."""
@@ -64,8 +68,22 @@ class Estimate:
     batch: MicroBatch
 
     @classmethod
-    def of(cls, model: ModelParts, optimizer: int, copies: int, peaks: Peaks, batch: MicroBatch) -> Estimate:
-        held = model.weights + model.packed + model.adapter + model.gathered + optimizer + copies
+    def of(
+        cls,
+        model: ModelParts,
+        optimizer: int,
+        copies: int,
+        peaks: Peaks,
+        batch: MicroBatch,
+        *,
+        offloaded: bool = False,
+    ) -> Estimate:
+        held = model.packed + model.gathered + copies
+        passes, update = peaks.step.num_bytes, peaks.update
+        if offloaded:
+            passes, update = passes - peaks.step.gradients, 0
+        else:
+            held += model.weights + model.adapter + optimizer
         return cls(
             weights=model.weights,
             packed=model.packed,
@@ -76,7 +94,7 @@ class Estimate:
             activations=peaks.step.num_bytes - peaks.step.gradients,
             evaluation=peaks.evaluation,
             gathered=model.gathered,
-            peak=held + max(peaks.step.num_bytes, peaks.update, peaks.evaluation),
+            peak=held + max(passes, update, peaks.evaluation),
             batch=batch,
         )
 
@@ -132,9 +150,16 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 def _gathered_bytes(model: nn.Module, settings: ParallelSection) -> int:
     layers = [module for module in model.modules() if type(module) is layer_class(model, settings.wrap)]
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = {id(parameter): parameter.nbytes for parameter in model.parameters() if id(parameter) not in in_layers}
-    largest = max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers)
+    outside = {id(one): _gathered(one, settings) for one in model.parameters() if id(one) not in in_layers}
+    largest = max(sum(_gathered(parameter, settings) for parameter in layer.parameters()) for layer in layers)
     return sum(outside.values()) + min(2, len(layers)) * largest
+
+
+def _gathered(parameter: Tensor, settings: ParallelSection) -> int:
+    if settings.param_dtype is None or not parameter.is_floating_point():
+        return parameter.nbytes
+    dtype: torch.dtype = getattr(torch, settings.param_dtype)
+    return parameter.numel() * dtype.itemsize
 
 
 def _int8_layers(model: nn.Module) -> list[Int8Linear]:

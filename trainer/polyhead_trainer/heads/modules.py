@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -45,6 +46,16 @@ class ScoreHead(nn.Linear):
         for layer in self.dense:
             h = F.gelu(layer(h))
         return super().forward(h)
+
+
+@contextmanager
+def without_scores(head: nn.Module) -> Iterator[None]:
+    """Inside, all labels are equally likely, as before the head has learned anything."""
+    hook = head.register_forward_hook(lambda module, inputs, scores: torch.zeros_like(scores))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def classifier(backbone: Backbone, labels: Sequence[str], *, hidden: Sequence[int] = (), seed: int) -> PreTrainedModel:

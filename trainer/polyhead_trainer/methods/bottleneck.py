@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, read_adapter_directory, stamp_backbone
 from polyhead_core.backbone import Backbone
-from polyhead_core.errors import AdapterFormatError, BackboneError
+from polyhead_core.errors import AdapterFormatError, AdapterMismatch, BackboneError
 from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
 from polyhead_trainer.config import BottleneckSettings
 from polyhead_trainer.decoder_layers import require_transformer_layers
-from polyhead_trainer.methods.peft_tuned import check_same_tensors, task_type
+from polyhead_trainer.heads import without_scores
+from polyhead_trainer.methods.peft_tuned import HINT, check_same_tensors, task_type
 from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 BOTTLENECK_TYPE = "BOTTLENECK"
@@ -67,10 +68,12 @@ class BottleneckTuned(TrainedAtOneRate):
     @contextmanager
     def baseline(self) -> Iterator[None]:
         added = _bottlenecks(self.model).values()
+        score = getattr(self.model, "score", None)
         for module in added:
             module.enabled = False
         try:
-            yield
+            with nullcontext() if score is None else without_scores(score):
+                yield
         finally:
             for module in added:
                 module.enabled = True
@@ -97,6 +100,11 @@ def bottleneck(backbone: Backbone, settings: BottleneckSettings) -> BottleneckTu
     if settings.warm_start is not None:
         files = read_adapter_directory(settings.warm_start.resolve())
         check_trained_on(backbone, settings.warm_start, files)
+        if files.config.get("activation") != settings.activation:
+            raise AdapterMismatch(
+                f"{settings.warm_start} has activation = {files.config.get('activation')}, where the settings make it "
+                f"{settings.activation}; {HINT}"
+            )
         _fill(backbone.model, files.tensors, settings.warm_start)
     for module in _bottlenecks(backbone.model).values():
         module.requires_grad_(True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from polyhead_core.adapter_directory import stamp_backbone
@@ -16,7 +15,7 @@ from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.config import HeadSettings
-from polyhead_trainer.heads import ScoreHead, save_head
+from polyhead_trainer.heads import ScoreHead, save_head, without_scores
 from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 
@@ -31,11 +30,8 @@ class HeadTuned(TrainedAtOneRate):
 
     @contextmanager
     def baseline(self) -> Iterator[None]:
-        hook = self.head.register_forward_hook(lambda module, inputs, scores: torch.zeros_like(scores))
-        try:
+        with without_scores(self.head):
             yield
-        finally:
-            hook.remove()
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         labels: Any = self.model.config.id2label

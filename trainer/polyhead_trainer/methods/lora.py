@@ -18,7 +18,7 @@ from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import LoraSettings, TrainingSection
 from polyhead_trainer.methods.peft_tuned import PeftTuned, task_type, wrap
-from polyhead_trainer.methods.tuned import trained_parameters
+from polyhead_trainer.methods.tuned import at_one_rate, trained_parameters
 from polyhead_trainer.parallel import held_as, reshard
 
 
@@ -29,12 +29,12 @@ class LoraTuned(PeftTuned):
     def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
         if self.lora_plus_ratio == 1.0:
             return super().parameter_groups(settings)
-        slow: list[nn.Parameter] = []
-        fast: list[nn.Parameter] = []
+        slow: dict[str, nn.Parameter] = {}
+        fast: dict[str, nn.Parameter] = {}
         for name, parameter in trained_parameters(self.model).items():
-            (fast if "lora_B" in name or "lora_embedding_B" in name else slow).append(parameter)
+            (fast if "lora_B" in name or "lora_embedding_B" in name else slow)[name] = parameter
         rate = settings.learning_rate
-        return [{"params": slow, "lr": rate}, {"params": fast, "lr": rate * self.lora_plus_ratio}]
+        return [*at_one_rate(slow, rate, settings), *at_one_rate(fast, rate * self.lora_plus_ratio, settings)]
 
 
 @dataclass
@@ -100,6 +100,11 @@ def lora(backbone: Backbone, settings: LoraSettings) -> LoraTuned:
     model = wrap(backbone, config, settings.warm_start)
     if settings.init in ("pissa", "olora"):
         initial = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
+        if any("lora_embedding_" in name for name in initial):
+            raise ConfigError(
+                f"adapter.init = {settings.init} on an embedding: peft leaves it out of what it saves then; name "
+                "linear layers alone in adapter.target_modules"
+            )
         return ResidualTuned(model, lora_plus_ratio=settings.lora_plus_ratio, initial=initial)
     return LoraTuned(
         model, save_embedding_layers=settings.save_embedding_layers, lora_plus_ratio=settings.lora_plus_ratio
@@ -107,6 +112,11 @@ def lora(backbone: Backbone, settings: LoraSettings) -> LoraTuned:
 
 
 def _check(backbone: Backbone, settings: LoraSettings) -> None:
+    if settings.bias != "none" and backbone.quantization == "int8":
+        raise ConfigError(
+            f"adapter.bias = {settings.bias}: an int8 layer's bias is part of its product and has no gradient, so that "
+            "nothing of it would be learned: set adapter.bias = none, or backbone.quantization = none"
+        )
     if settings.init in ("pissa", "olora") and backbone.quantization != "none":
         raise ConfigError(
             f"adapter.init = {settings.init} takes its part out of the backbone's weights, which "

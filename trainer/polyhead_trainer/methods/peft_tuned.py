@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from polyhead_core.adapter_directory import read_adapter_directory, stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterMismatch, ConfigError
+from polyhead_core.int8 import Int8Linear
 from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
 from polyhead_trainer.methods.tuned import TrainedAtOneRate
+
+HINT = "give the [adapter] settings that it was trained with (`trainer inspect` shows them)"
+"""For one that a run cannot start from."""
 
 
 @dataclass
@@ -55,6 +59,9 @@ def reload_peft(backbone: Backbone, directory: Path) -> PeftModel:
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise AdapterMismatch(f"peft cannot put {directory} on {backbone.source!r}: {error}") from error
     follow_virtual_tokens(backbone.model)
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.forget_packed()  # it may hold a bias that the adapter replaces
     return model
 
 
@@ -76,20 +83,30 @@ def _start_from(model: PeftModel, directory: Path, backbone: Backbone) -> None:
     check_trained_on(backbone, directory, files)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_same_tensors(directory, files.tensors, wanted)
+    _check_same_effect(directory, files.config, model.peft_config["default"].to_dict())
     set_peft_model_state_dict(model, files.tensors)
+
+
+def _check_same_effect(directory: Path, given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Equal tensors can still act differently. Raises AdapterMismatch."""
+    for key in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora"):
+        if key in wanted and given.get(key, wanted[key]) != wanted[key]:
+            raise AdapterMismatch(
+                f"{directory} has {key} = {given[key]}, where the settings make it {wanted[key]}: its weights would "
+                f"not act as they were trained to; {HINT}"
+            )
 
 
 def check_same_tensors(directory: Path, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Raises AdapterMismatch naming the first tensor that is there too much, is missing, or has another shape."""
-    hint = "give the [adapter] settings that it was trained with (`trainer inspect` shows them)"
     for name in sorted(given.keys() ^ wanted.keys()):
         what = "holds" if name in given else "lacks"
-        raise AdapterMismatch(f"{directory} {what} {name}, unlike the adapter that the settings describe; {hint}")
+        raise AdapterMismatch(f"{directory} {what} {name}, unlike the adapter that the settings describe; {HINT}")
     for name, tensor in sorted(wanted.items()):
         if given[name].shape != tensor.shape:
             raise AdapterMismatch(
                 f"{directory}: {name} is {list(given[name].shape)}, where the settings make it "
-                f"{list(tensor.shape)}; {hint}"
+                f"{list(tensor.shape)}; {HINT}"
             )
 
 

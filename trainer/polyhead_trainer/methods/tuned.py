@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from polyhead_trainer.config import TrainingSection
 
+_FACTORS = ("ia3_l", "lora_magnitude_vector")
+"""In the names of peft's parameters that multiply the backbone's values or norms."""
+
 
 class Tuned(Protocol):
     @property
@@ -43,6 +46,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def at_one_rate(parameters: dict[str, nn.Parameter], rate: float, settings: TrainingSection) -> list[dict[str, Any]]:
+    """Groups for the optimizer, of which factors and biases do not decay: 0 is no neutral value of theirs."""
+    if not settings.weight_decay:
+        return [{"params": list(parameters.values()), "lr": rate}]
+    kept = {name for name, one in parameters.items() if one.ndim < 2 or any(part in name for part in _FACTORS)}
+    decaying = [one for name, one in parameters.items() if name not in kept]
+    others = [one for name, one in parameters.items() if name in kept]
+    groups = [{"params": decaying, "lr": rate}, {"params": others, "lr": rate, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 @dataclass
 class TrainedAtOneRate:
     """The half of Tuned that most methods share: all that requires gradients is trained, and at one learning rate."""
@@ -54,7 +68,7 @@ class TrainedAtOneRate:
         return False
 
     def parameter_groups(self, settings: TrainingSection) -> list[dict[str, Any]]:
-        return [{"params": list(trained_parameters(self.model).values()), "lr": settings.learning_rate}]
+        return at_one_rate(trained_parameters(self.model), settings.learning_rate, settings)
 
     def trained_state(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in trained_parameters(self.model).items()}

@@ -63,6 +63,9 @@ class PreferenceEvaluator:
         margins_P = reward_margins(self._log_probs(model), self.reference_P2, self.beta)
         return preference_losses(margins_P).mean().item()
 
+    def earlier_loss(self, model: nn.Module) -> float | None:
+        return self.completions.earlier_loss(model)
+
     def _log_probs(self, model: nn.Module) -> Tensor:
         given = self.completions
         return all_log_probs(model, self.held_out, given.pad_id, given.batch_size, self.logit_chunk)

@@ -28,6 +28,9 @@ class Evaluator(Protocol):
     def held_out_loss(self, model: nn.Module) -> float:
         """As `measure` gives it, alone; `model` must be in evaluation mode."""
 
+    def earlier_loss(self, model: nn.Module) -> float | None:
+        """The same of `Measures.earlier_loss`."""
+
 
 class Task(Protocol):
     @property
