@@ -8,23 +8,22 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from polyhead_core.backbone import load_backbone
 from polyhead_trainer.convert.from_meta import meta_to_hugging_face
-from polyhead_trainer.convert.llama_layout import feed_forward_width, rotary_pairs
-from polyhead_trainer.convert.meta_params import read_params
+from polyhead_trainer.convert.llama_layout import feed_forward_width
+from polyhead_trainer.convert.meta_params import LLAMA3_ROPE, read_params
 from polyhead_trainer.convert.run import convert
 from polyhead_trainer.convert.to_meta import hugging_face_to_meta
 from polyhead_trainer.errors import ConversionError, OutputExists
-from tiny import reference_model, save_backbone, tokenizer
+from tiny import save_backbone
 
 PARAMS: dict[str, Any] = {
     "dim": 32,
@@ -321,42 +320,35 @@ def test_metas_layout_becomes_int8(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i8", "meta"]
 
 
-def save_gguf(file: Path, model: LlamaForCausalLM) -> None:
-    """As llama.cpp's converter writes Llama: rotary rows as neighbours, float32, a byte-level vocabulary."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer().get_vocab(), key=lambda token: tokenizer().get_vocab()[token])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokens, "ab", *(f"<extra{n}>" for n in range(config.vocab_size - len(tokens) - 1))])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        stored = rotary_pairs(tensor, heads) if heads else tensor
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def scaled_llama(folder: Path, factor: float, **changes: Any) -> Path:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **LLAMA3_ROPE}
+    return save_backbone("llama", folder, rope_parameters=rope, **changes)
 
 
-def test_gguf_becomes_a_hugging_face_directory(tmp_path: Path) -> None:
-    model = reference_model(save_backbone("llama-untied", tmp_path / "m", attention_bias=False, mlp_bias=False))
-    save_gguf(tmp_path / "model.gguf", model)
-    convert(str(tmp_path / "model.gguf"), tmp_path / "hf", "huggingface")
-    ids = torch.arange(4, 30)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(reference_model(tmp_path / "hf")(ids).logits, model(ids).logits)
-    with pytest.raises(ConversionError, match="nothing to convert"):
-        convert(str(tmp_path / "hf"), tmp_path / "again", "huggingface")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
+def test_what_params_json_does_not_say_is_said_by_a_remark(tmp_path: Path, tied: bool, factor: float) -> None:
+    hf = scaled_llama(tmp_path / "hf", factor, tie_word_embeddings=tied, max_position_embeddings=131_072)
+    remarks = convert(str(hf), tmp_path / "meta", "meta")
+    needed = [line for line in remarks if f"--rope-factor {factor}" in line]
+    assert len(needed) == (factor != (32.0 if tied else 8.0))
+    assert not [line for line in remarks if "--max-positions" in line]
+    back = convert(str(tmp_path / "meta"), tmp_path / "back", "huggingface", rope_factor=factor if needed else None)
+    assert any(f"rope factor = {factor}" in line for line in back)
+    settings = [json.loads((folder / "config.json").read_text()) for folder in (hf, tmp_path / "back")]
+    assert settings[0]["rope_parameters"] == settings[1]["rope_parameters"]
+
+
+def test_the_remark_knows_a_head_that_only_equals_the_embedding_and_a_kept_params_file(tmp_path: Path) -> None:
+    """The way back calls such a head tied, whatever config.json says, and guesses by that."""
+    hf = scaled_llama(tmp_path / "hf", 8.0, tie_word_embeddings=False, max_position_embeddings=16_384)
+    tensors = load_file(hf / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    remarks = convert(str(hf), tmp_path / "meta", "meta")
+    assert any("--rope-factor 8.0 --max-positions 16384" in line for line in remarks)
+    options = {"rope_factor": 8.0, "max_positions": 16_384}
+    convert(str(tmp_path / "meta"), tmp_path / "back", "huggingface", **options)
+    assert (tmp_path / "back" / "original" / "params.json").is_file()
+    again = convert(str(tmp_path / "back"), tmp_path / "again", "meta")
+    assert any("--rope-factor 8.0 --max-positions 16384" in line for line in again)

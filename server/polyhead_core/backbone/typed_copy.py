@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ FILE_BYTES = 512 << 20
 
 
 def typed_directory(directory: Path, fingerprint: str, dtype: torch.dtype, cache_dir: Path) -> Path:
-    """The directory itself where its float tensors are all of this type, else a cached copy of model and weights in it.
+    """The directory itself where its float tensors are all of this type, else a cached copy of them in it.
 
     Peak host memory is FILE_BYTES, or the largest tensor.
     """
@@ -30,7 +29,7 @@ def typed_directory(directory: Path, fingerprint: str, dtype: torch.dtype, cache
     if all(_is_of(reader.read(name), dtype) for name in reader.names):
         return directory
     target = cache_dir / "typed" / f"{fingerprint[:24]}-{str(dtype).removeprefix('torch.')}"
-    if (target / "config.json").is_file():
+    if (target / INDEX_FILE).is_file():
         return target
     logger.info("copying %s in %s (once)", directory, dtype)
     with staging_directory(target) as staging:
@@ -40,9 +39,6 @@ def typed_directory(directory: Path, fingerprint: str, dtype: torch.dtype, cache
             save_file(tensors, staging / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         (staging / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-        for name in ("config.json", "generation_config.json"):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, staging / name)
         publish_directory(staging, target)
     return target
 

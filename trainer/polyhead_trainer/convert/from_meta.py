@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from polyhead_core.backbone.checkpoint import INDEX_FILE
 from polyhead_trainer.convert.llama_layout import COMPUTED, EmbeddingSplit, LlamaTensor, llama_tensors, rotary_halves
 from polyhead_trainer.convert.llama_tokenizer import TOKENIZER_FILE, save_tokenizer
-from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, config_of, read_params
+from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, config_of, read_params, rope_factor_of
 from polyhead_trainer.errors import ConversionError
 
 SHARDS = "consolidated*.pth"
@@ -54,6 +54,8 @@ def meta_to_hugging_face(
     (output / ORIGINAL).mkdir()
     shutil.copyfile(source / PARAMS_FILE, output / ORIGINAL / PARAMS_FILE)
     remarks = [f"max_position_embeddings = {config.max_position_embeddings} (params.json does not say it)"]
+    if params.use_scaled_rope:
+        remarks.append(f"rope factor = {rope_factor_of(config)} (params.json does not say it)")
     if not (source / TOKENIZER_FILE).is_file():
         return [*remarks, f"{source} has no {TOKENIZER_FILE}: the output has no tokenizer"]
     return remarks + save_tokenizer(source / TOKENIZER_FILE, output, checkpoint.vocabulary)

@@ -109,6 +109,25 @@ def config_of(
     )
 
 
+def needed_options(config: LlamaConfig, params: LlamaParams, *, tied: bool) -> str:
+    """What `--to huggingface` must be given to make this configuration of `params` again; empty: its guesses are right.
+
+    `tied`: whether head and embedding are equal bit for bit.
+    """
+    guess = config_of(params, config.vocab_size, tied=tied, max_positions=None, rope_factor=None)
+    options = []
+    if params.use_scaled_rope and rope_factor_of(config) != rope_factor_of(guess):
+        options.append(f"--rope-factor {rope_factor_of(config)}")
+    if config.max_position_embeddings != guess.max_position_embeddings:
+        options.append(f"--max-positions {config.max_position_embeddings}")
+    return " ".join(options)
+
+
+def rope_factor_of(config: LlamaConfig) -> float:
+    """Of a configuration with scaled rope."""
+    return float(dict(config.rope_parameters or {})["factor"])
+
+
 def _max_positions(params: LlamaParams) -> int:
     """What the published models were trained for; params.json does not say it."""
     if params.use_scaled_rope:

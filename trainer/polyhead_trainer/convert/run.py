@@ -34,45 +34,44 @@ def convert(
     """Makes the directory `output` and returns remarks. Raises ConversionError, BackboneError, OutputExists."""
     directory = Path(source).expanduser()
     from_meta = is_meta_directory(directory)
-    with new_directory(output) as staging:
+    with (
+        new_directory(output) as staging,
+        tempfile.TemporaryDirectory(prefix=".float.", dir=output.parent) as folder,
+    ):
+        scratch = Path(folder)
         if target == "meta":
             if from_meta:
                 raise ConversionError(f"{source} is in Meta's layout already; to change its shards, go by huggingface")
-            return hugging_face_to_meta(_float_directory(source, staging), staging, num_shards=num_shards)
+            return hugging_face_to_meta(_float_directory(source, scratch), staging, num_shards=num_shards)
         if target == "huggingface":
             if from_meta:
                 return meta_to_hugging_face(directory, staging, max_positions=max_positions, rope_factor=rope_factor)
-            return _gguf_to_hugging_face(directory, staging)
-        with tempfile.TemporaryDirectory(prefix=".float.", dir=output.parent) as scratch:
-            remarks: list[str] = []
-            floats = Path(scratch) / "model"
-            if from_meta:
-                floats.mkdir()
-                remarks = meta_to_hugging_face(directory, floats, max_positions=max_positions, rope_factor=rope_factor)
-            else:
-                floats = _float_directory(source, Path(scratch))
-            return remarks + _to_int8(floats, staging, Path(scratch), calibrate)
+            return _gguf_to_hugging_face(directory, scratch, staging)
+        remarks: list[str] = []
+        if from_meta:
+            floats = scratch / "model"
+            floats.mkdir()
+            remarks = meta_to_hugging_face(directory, floats, max_positions=max_positions, rope_factor=rope_factor)
+        else:
+            floats = _float_directory(source, scratch)
+        return remarks + _to_int8(floats, staging, scratch, calibrate)
 
 
 def _float_directory(source: str, scratch: Path) -> Path:
     """A .gguf file is converted into `scratch`; all else is where it is, or in the cache of the default backbone."""
-    cache = scratch / ".gguf" if source.endswith(".gguf") else None
-    directory = resolve_source(source, cache)
+    directory = resolve_source(source, scratch if source.endswith(".gguf") else None)
     if is_int8_checkpoint(directory):
         raise ConversionError(f"{source} is in int8 already: expected float weights, which int8 cannot give back")
     return directory
 
 
-def _gguf_to_hugging_face(file: Path, output: Path) -> list[str]:
+def _gguf_to_hugging_face(file: Path, scratch: Path, output: Path) -> list[str]:
     if file.suffix != ".gguf":
         raise ConversionError(
             f"{file} is neither Meta's layout (consolidated.*.pth with params.json) nor a .gguf: nothing to convert"
         )
-    cache = output / ".gguf"
-    made = resolve_source(str(file), cache)
-    for part in made.iterdir():
+    for part in resolve_source(str(file), scratch).iterdir():
         part.rename(output / part.name)
-    shutil.rmtree(cache)
     return ["the weights are those that the GGUF file's quantisation left, in float32"]
 
 

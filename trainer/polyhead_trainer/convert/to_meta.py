@@ -15,7 +15,7 @@ from polyhead_core.errors import BackboneError
 from polyhead_trainer.convert.from_meta import ORIGINAL
 from polyhead_trainer.convert.llama_layout import LlamaShape, LlamaTensor, llama_tensors, rotary_pairs
 from polyhead_trainer.convert.llama_tokenizer import TOKENIZER_FILE
-from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, params_of, read_params
+from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, needed_options, params_of, read_params
 from polyhead_trainer.errors import ConversionError
 
 
@@ -40,6 +40,10 @@ def hugging_face_to_meta(source: Path, output: Path, *, num_shards: int = 1) -> 
             torch.save(shard, output / f"consolidated.{number:02}.pth")
             shard.clear()
     text, remarks = _params_text(source, params)
+    if options := needed_options(config, params, tied=_is_tied(reader)):
+        remarks.append(
+            f"params.json does not say all of config.json: for the way back, give `--to huggingface {options}`"
+        )
     (output / PARAMS_FILE).write_text(text, encoding="utf-8")
     if (source / TOKENIZER_FILE).is_file():
         shutil.copyfile(source / TOKENIZER_FILE, output / TOKENIZER_FILE)
@@ -82,6 +86,12 @@ def _check_names(reader: CheckpointReader, tensors: list[LlamaTensor], *, tied: 
             f"{reader.directory}: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(superfluous)} "
             f"without a place in Meta's layout ({', '.join(superfluous[:3])})"
         )
+
+
+def _is_tied(reader: CheckpointReader) -> bool:
+    """As MetaCheckpoint.is_tied will find it, whatever config.json says."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    return head not in reader or torch.equal(reader.read(head), reader.read(embedding))
 
 
 def _parts(reader: CheckpointReader, tensor: LlamaTensor, num_shards: int) -> list[Tensor]:
