@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_trainer_run import configuration, run_quietly, write_data
 
 from local_engine import local_engine
 from polyhead_core.adapter_directory import CONFIG_FILE, WEIGHTS_FILE, content_hash
 from polyhead_trainer.html_report import render
 from polyhead_trainer.plots import held_out_points, loss_curve, smoothed
+from polyhead_trainer.report import print_outcome, print_plan
 from polyhead_trainer.run import RunResult
 
 HOSTILE = [
@@ -31,6 +33,10 @@ TAGS = {
     *("details", "summary"),
 }
 ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "scope", "class", "dir", "alt", "src"}
+
+
+MARKUP = [r"\[/INST\]", "[/INST]", "[bold]loud[/bold]", "[red", ":smile:", "ends in \\"]
+"""What rich would refuse, or read as orders, or as pictures."""
 
 
 class Page(HTMLParser):
@@ -83,6 +89,24 @@ def test_hostile_text_is_text(hostile: RunResult) -> None:
     assert set(page.tags) <= TAGS
     assert all(page.texts.count(text) >= 2 for text in HOSTILE)
     assert page.attributes.count(("class", "text right")) == len(HOSTILE)
+
+
+def test_the_console_shows_hostile_text_as_text(hostile: RunResult) -> None:
+    record = hostile.record
+    evaluate = record.config.evaluate.model_copy(update={"show": len(MARKUP)})
+    config = record.config.model_copy(update={"title": MARKUP[0], "evaluate": evaluate})
+    before, after = (dataclasses.replace(measures, answers=MARKUP) for measures in (record.before, record.after))
+    record = dataclasses.replace(record, config=config, before=before, after=after, questions=MARKUP, references=MARKUP)
+    console = Console(record=True, width=200)
+    print_outcome(console, record)
+    told = console.export_text()
+    assert f"{MARKUP[0]}: before, after" in told
+    for text in MARKUP[1:]:
+        assert told.count(text) == 4, text
+
+    backbone = dataclasses.replace(record.backbone, source="/[/INST]/:smile:")
+    print_plan(console, config, backbone, record.data, record.trainable, num_steps=3)
+    assert "/[/INST]/:smile:, int8" in console.export_text()
 
 
 def test_nothing_is_loaded(hostile: RunResult) -> None:

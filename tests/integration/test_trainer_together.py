@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -31,12 +32,15 @@ from polyhead_trainer.errors import (
     OutOfMemory,
     OutputExists,
     ResumeRefused,
+    StorageFailed,
     TrainingDiverged,
 )
 from polyhead_trainer.evaluate import prepare
+from polyhead_trainer.publish import publish
 from polyhead_trainer.record import METRICS_FILE, read_record
 from polyhead_trainer.run import run
 from polyhead_trainer.together.run import TogetherResult, run_together
+from polyhead_trainer.tracking import EventFiles
 from tiny import save_backbone
 
 QUIET = Console(quiet=True)
@@ -187,6 +191,32 @@ def test_one_that_diverges_is_reported_and_the_other_published(file: Path, tmp_p
     assert left[:2] == ["colours", "sizes.diverged.json"]
     assert "sizes" not in left
     assert not CheckpointDirectory(tmp_path / "adapters").path.exists()
+
+
+def test_each_is_told_how_it_has_ended(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One diverges, one is published, and the disk is full at the third."""
+    text = file.read_text()
+    sizes = text[text.index('[[adapters]]\nname = "sizes"') :]
+    for name in ("wild", "more"):
+        text += sizes.replace('"sizes"', f'"{name}"')
+    file.write_text(text)
+    told: list[tuple[str, bool]] = []
+    end = EventFiles.end
+
+    def record(self: EventFiles, *, finished: bool) -> None:
+        told.append((self.folder.stem, finished))
+        end(self, finished=finished)
+
+    def publish_or_fail(tuned: Any, record: Any, events: Any, *, overwrite: bool) -> str:
+        if record.config.output.name == "sizes":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return publish(tuned, record, events, overwrite=overwrite)
+
+    monkeypatch.setattr(EventFiles, "end", record)
+    monkeypatch.setattr("polyhead_trainer.together.run.publish", publish_or_fail)
+    with pytest.raises(StorageFailed, match="No space left"):
+        train(file, "adapters.wild.training.learning_rate=1e30")
+    assert sorted(told) == [("colours", True), ("more", False), ("sizes", False), ("wild", False)]
 
 
 class Killed(BaseException):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer_run import configuration, run_quietly
 
+from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.errors import MissingExtra
+from polyhead_trainer.errors import MissingExtra, StorageFailed
+from polyhead_trainer.evaluate import Evaluator
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.record import RunRecord
 from polyhead_trainer.run import run
 from polyhead_trainer.tracking import EventFiles
+from polyhead_trainer.tracking.mlflow import MlflowTracker
 
 MEASURED = "training.evaluate_every=2"
 Series = dict[str, list[tuple[int, float]]]
@@ -106,6 +110,118 @@ def test_a_run_that_diverges_leaves_its_events(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="not a number any more"):
         run_quietly(config)
     assert len(read_events(EventFiles(config.output).folder)["train/loss"]) >= 1
+
+
+class Told:
+    """A tracker that keeps how its run has ended."""
+
+    def __init__(self, output: Path, broken: bool = False) -> None:
+        self.name = "told"
+        self.output = output
+        self.broken = broken
+        self.ends: list[tuple[bool, bool]] = []
+        """(finished, whether the output was there)."""
+
+    def begin(self, run_name: str, settings: Mapping[str, str], identity: str | None) -> str | None:
+        return None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        assert not self.ends
+
+    def flush(self) -> None:
+        pass
+
+    def end(self, *, finished: bool) -> None:
+        self.ends.append((finished, self.output.exists()))
+        if self.broken:
+            raise RuntimeError("the tracker's own trouble")
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, list[Told]]:
+    """A run with two trackers, of which the first fails whenever it is told of an end."""
+    config = configuration(tmp_path)
+    trackers = [Told(config.output, broken=True), Told(config.output)]
+    monkeypatch.setattr("polyhead_trainer.run.optional_trackers", lambda settings: trackers)
+    return config, trackers
+
+
+def test_trackers_are_told_of_success_once_the_output_is_there(
+    watched: tuple[RunConfig, list[Told]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, trackers = watched
+    run_quietly(config)
+    assert [tracker.ends for tracker in trackers] == [[(True, True)], [(True, True)]]
+    assert "told was not told that the run has finished" in caplog.text
+    assert "the tracker's own trouble" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("a step", RuntimeError("a bug")),
+        ("the measuring", KeyboardInterrupt()),
+        ("the publication", StorageFailed("the disk is full")),
+    ],
+)
+def test_trackers_are_told_of_every_failure(
+    watched: tuple[RunConfig, list[Told]], monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+) -> None:
+    config, trackers = watched
+    measure = Evaluator.measure
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    def measure_before(self: Any, *args: Any) -> Any:
+        monkeypatch.setattr(type(self), "measure", fail)
+        return measure(self, *args)
+
+    if place == "a step":
+        monkeypatch.setattr(TrainingProgress, "after_step", fail)
+    elif place == "the measuring":
+        monkeypatch.setattr(Evaluator, "measure", measure_before)
+    else:
+        monkeypatch.setattr("polyhead_trainer.run.publish", fail)
+    with pytest.raises(type(error)) as caught:
+        run_quietly(config)
+    assert caught.value is error
+    assert [tracker.ends for tracker in trackers] == [[(False, False)], [(False, False)]]
+
+
+def test_a_tracker_that_cannot_begin_fails_those_that_have(
+    watched: tuple[RunConfig, list[Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, (first, second) = watched
+    error = ConfigError("no run can be opened")
+
+    def begin(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(second, "begin", begin)
+    with pytest.raises(ConfigError) as caught:
+        run_quietly(config)
+    assert caught.value is error
+    assert (first.ends, second.ends) == ([(False, False)], [])
+
+
+def test_mlflows_run_that_takes_no_settings_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[str] = []
+
+    def log_params(settings: object) -> None:
+        raise OSError("refused")
+
+    mlflow = SimpleNamespace(
+        exceptions=SimpleNamespace(MlflowException=OSError),
+        get_tracking_uri=lambda: "http://nowhere",
+        start_run=lambda **options: SimpleNamespace(info=SimpleNamespace(run_id="1")),
+        log_params=log_params,
+        end_run=ends.append,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with pytest.raises(ConfigError, match="no run can be opened at http://nowhere: refused"):
+        MlflowTracker().begin("colours", {}, None)
+    assert ends == ["FAILED"]
 
 
 @pytest.mark.parametrize(

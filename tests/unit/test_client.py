@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -29,6 +32,7 @@ from polyhead_client import (
     UnknownAdapter,
 )
 from polyhead_core import errors as server_errors
+from polyhead_server.config import ServerConfig
 
 Call = Callable[..., Any]
 
@@ -244,6 +248,19 @@ def test_no_server_is_connection_failed() -> None:
             client.wait_until_ready(timeout_s=0.3)
 
 
+def test_a_server_that_comes_late_is_seen_at_once() -> None:
+    """By default gRPC's attempts lie further apart each time: 1 s, 2.6 s, 5.2 s after the first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    late_s, seen_s = 3.2, 1.5
+    with Client(address) as client, ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(client.wait_until_ready, late_s + seen_s)
+        time.sleep(late_s)
+        with Harness(config=ServerConfig(listen=address, drain_timeout_s=1.0)).serve():
+            ready.result()
+
+
 def test_timeouts_are_deadline_exceeded(call: Call, harness: Harness) -> None:
     harness.engine.behave = until_cancelled
     with pytest.raises(DeadlineExceeded):
@@ -296,6 +313,39 @@ def test_closing_an_async_stream_cancels_it(address: str, harness: Harness) -> N
 
     asyncio.run(main())
     harness.engine.wait_for_cancel()
+
+
+@pytest.mark.parametrize("method", ["generate", "score", "stream"])
+def test_closing_the_client_is_told_to_those_who_wait(address: str, harness: Harness, method: str) -> None:
+    harness.engine.behave = until_cancelled
+
+    async def main() -> None:
+        client = AsyncClient(address)
+        call = client.stream("hello").result() if method == "stream" else getattr(client, method)("hello")
+        task = asyncio.create_task(call)
+        while not harness.engine.submitted:
+            await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await task
+
+    asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_when_the_client_closes_is_cancelled(address: str, harness: Harness) -> None:
+    harness.engine.behave = until_cancelled
+
+    async def main() -> None:
+        client = AsyncClient(address)
+        task = asyncio.create_task(client.generate("hello"))
+        while not harness.engine.submitted:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
 
 
 def test_cancelling_the_task_cancels_the_call(address: str, harness: Harness) -> None:

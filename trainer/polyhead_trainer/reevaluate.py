@@ -88,11 +88,12 @@ def measure(subject: Subject) -> Measured:
 
 def print_measured(console: Console, measured: Sequence[Measured]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from polyhead_trainer.report import comparison
 
     table = Table("adapter", "measure", "backbone", "tuned")
     for one in measured:
         for row in comparison(one.before, one.after):
-            table.add_row(one.adapter.name, *row)
+            table.add_row(Text(one.adapter.name), *row)
     console.print(table)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts
@@ -30,6 +31,11 @@ FORMS = {
     "general_perplexity": ("general text, perplexity", ".2f"),
 }
 """How the fields of Measures are titled and written."""
+
+
+def say(console: Console, line: str) -> None:
+    """One line as it is: of paths, names and data, neither [brackets] nor :colons: are markup."""
+    console.print(Text(line), soft_wrap=True)
 
 
 def comparison(before: Measures, after: Measures) -> list[tuple[str, str, str]]:
@@ -63,7 +69,7 @@ def print_plan(
         f"{config.training.learning_rate:g}",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _rank_bytes(record: RunRecord, rank_bytes: dict[str, dict[str, int]]) -> Table:
@@ -76,9 +82,8 @@ def _rank_bytes(record: RunRecord, rank_bytes: dict[str, dict[str, int]]) -> Tab
 
 
 def print_outcome(console: Console, record: RunRecord) -> None:
-    table = Table(
-        "measure", "backbone", "tuned", title=f"{record.config.title or record.config.output.name}: before, after"
-    )
+    title = f"{record.config.title or record.config.output.name}: before, after"
+    table = Table("measure", "backbone", "tuned", title=Text(title, style="table.title"))
     for row in comparison(record.before, record.after):
         table.add_row(*row)
     console.print(table)
@@ -88,12 +93,11 @@ def print_outcome(console: Console, record: RunRecord) -> None:
     if show and record.questions:
         console.print(_answers(record, show))
     tokens = sum(report.num_tokens for report in record.curve)
-    console.print(
+    say(
+        console,
         f"trained {len(record.curve)} steps, {tokens:,} tokens in {record.train_seconds:.0f} s "
         f"({tokens / record.train_seconds:.0f} tokens/s); {record.total_seconds:.0f} s in all; "
         f"peak memory {record.peak_memory_bytes:,} bytes",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -101,6 +105,6 @@ def _answers(record: RunRecord, show: int) -> Table:
     table = Table("held-out question", "reference", "backbone", "tuned", title="answers", show_lines=True)
     rows = zip(record.questions, record.references, record.before.answers, record.after.answers, strict=True)
     for row in list(rows)[:show]:
-        # Answers are other people's text: without escaping, brackets in them would be read as markup.
-        table.add_row(*(text.strip().replace("[", "\\[") for text in row))
+        # Answers are other people's text: as plain strings, brackets in them would be read as markup.
+        table.add_row(*(Text(text.strip()) for text in row))
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from polyhead_trainer.data import ExampleStream
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.methods import Tuned
@@ -73,15 +74,15 @@ class _Prepared:
     evaluator: Evaluator
     utilization: Utilization | None
     """None where its FLOPs cannot be counted."""
+    watch: HeldOutWatch
+    tracking: RunTracking
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
     progress: TrainingProgress
-    watch: HeldOutWatch
     memory: RankMemoryMeter
     energy: EnergyMeter
-    tracking: RunTracking
     saved: SavedRun
     """As the run began, or where it was continued."""
     seconds: float
@@ -98,13 +99,20 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
 
-    run = _prepare(config, ranks)
+    run = _prepare(config, console, ranks)
     report.print_plan(console, run.config, run.facts, run.data, run.trainable, run.loop.num_steps)
+    with run.tracking.failing_with():
+        return _train_and_publish(run, checkpoints, console, ranks, overwrite, started)
+
+
+def _train_and_publish(
+    run: _Prepared, checkpoints: CheckpointDirectory, console: Console, ranks: Ranks, overwrite: bool, started: float
+) -> RunResult:
     trained = _train(run, checkpoints, console, ranks)
     console.print("measuring the tuned model on the same examples")
     with without_backward(run.tuned.model):
         after = run.evaluator.measure(run.tuned.model)
-    trained.tracking.finish(after, run.loop.step)
+    run.tracking.measured(after, run.loop.step)
 
     record = RunRecord(
         config=run.config,
@@ -114,7 +122,7 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         before=trained.saved.before,
         after=after,
         curve=trained.progress.history,
-        held_out_curve=trained.watch.losses,
+        held_out_curve=run.watch.losses,
         questions=[item.example.question for item in run.evaluator.answered],
         references=[item.example.reference for item in run.evaluator.answered],
         train_seconds=trained.seconds,
@@ -127,14 +135,14 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
         peak_flops_per_s=run.utilization.peak.flops_per_s if run.utilization else None,
         peak_flops_source=run.utilization.peak.source if run.utilization else "",
     )
-    content = _publish(run.tuned, record, checkpoints, ranks, overwrite)
+    content = _publish(run, record, checkpoints, ranks, overwrite)
     report.print_outcome(console, record)
     kind = "adapter" if run.tuned.is_adapter else "model"
-    console.print(f"{kind} {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
+    report.say(console, f"{kind} {run.config.output} ({content[:12]})")
     return RunResult(record=record, content_hash=content)
 
 
-def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
+def _prepare(config: RunConfig, console: Console, ranks: Ranks) -> _Prepared:
     with ranks.main_first():  # which converts the backbone, if that has not been done
         alone = ranks.size == 1
         section = config.backbone if alone else backbones.of_rank(config.backbone, ranks.device)
@@ -154,6 +162,8 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
     flops = count_flops(tuned.model) if config.task != "preference" else None  # each pair meets the backbone as well
     if config.training.packing:
         prepare_packing(tuned.model, data.sample(), padding_id(backbone.tokenizer))
+    watch = HeldOutWatch(evaluator, config.training, lambda line: report.say(console, line))
+    trackers = [EventFiles(config.output), *optional_trackers(config.tracking)] if ranks.is_main else []
     return _Prepared(
         config=config,
         facts=facts,
@@ -164,19 +174,17 @@ def _prepare(config: RunConfig, ranks: Ranks) -> _Prepared:
         loop=TrainingLoop(tuned, task.objective(tuned), data.examples, config.training, parallel),
         evaluator=evaluator,
         utilization=Utilization(flops=flops, peak=peak_of(parallel.device, dtypes, ranks.size)) if flops else None,
+        watch=watch,
+        tracking=RunTracking(trackers, watch),
     )
 
 
 def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, ranks: Ranks) -> _Trained:
     """From the first step, or from the latest checkpoint on."""
-    config, loop, tuned = run.config, run.loop, run.tuned
+    config, loop, tuned, watch, tracking = run.config, run.loop, run.tuned, run.watch, run.tracking
     identity = RunIdentity.of(config, run.data, run.facts)
     progress = TrainingProgress(console, run.utilization)
-    watch = HeldOutWatch(run.evaluator, config.training, lambda line: console.print(line, highlight=False))
     energy = EnergyMeter(readable_counters(loop.device))
-    tracking = RunTracking(
-        [EventFiles(config.output), *optional_trackers(config.tracking)] if ranks.is_main else [], watch
-    )
     stateful: dict[str, Stateful] = {
         "progress": progress,
         "held_out_watch": watch,
@@ -188,13 +196,12 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     latest = checkpoints.latest()
     if latest is not None:
         for remark in identity.check_continues(SavedRun.read(latest).identity, latest):
-            console.print(remark, highlight=False, soft_wrap=True)
+            report.say(console, remark)
         saved = restore(latest, loop, stateful, ranks)
-        console.print(f"continuing {latest} after step {saved.step}", highlight=False, soft_wrap=True)
+        report.say(console, f"continuing {latest} after step {saved.step}")
     else:
         console.print("measuring the backbone on the held-out examples")
-        with tuned.baseline(), without_backward(tuned.model):
-            saved = SavedRun(identity=identity, before=run.evaluator.measure(tuned.model), hooks={})
+        saved = SavedRun(identity=identity, before=_measure_before(run), hooks={})
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
     last_good = LastGood(num_ranks=ranks.size)
@@ -202,7 +209,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     energy.start()
     tracking.begin(config, saved.before, progress.history)
     try:
-        with progress, tracking.failing_with():
+        with progress:
             loop.run([progress, watch, memory, energy, tracking, last_good, checkpointer])
         checkpointer.wait()
     except TrainingDiverged as error:
@@ -214,31 +221,41 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     finally:
         checkpointer.close()
     if loop.stopped_because is not None:
-        console.print(f"stopped: {loop.stopped_because}", highlight=False, soft_wrap=True)
+        report.say(console, f"stopped: {loop.stopped_because}")
     if watch.restore_best(tuned):
-        console.print(f"kept: the weights of step {watch.best_step}", highlight=False)
+        report.say(console, f"kept: the weights of step {watch.best_step}")
     seconds = saved.train_seconds + time.perf_counter() - started
     return _Trained(
         progress=progress,
-        watch=watch,
         memory=memory,
         energy=energy,
-        tracking=tracking,
         saved=saved,
         seconds=seconds,
     )
 
 
-def _publish(tuned: Tuned, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:
+def _measure_before(run: _Prepared) -> Measures:
+    """Of the backbone; but what is known of earlier tasks is what the run starts with, an adapter of theirs perhaps."""
+    model = run.tuned.model
+    with without_backward(model):
+        with run.tuned.baseline():
+            before = run.evaluator.measure(model)
+        if getattr(run.config.adapter, "warm_start", None) is None:
+            return before
+        return replace(before, earlier_loss=run.evaluator.earlier_loss(model))
+
+
+def _publish(run: _Prepared, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:
     """The identity of what was written, on the main rank; empty on the others."""
     latest = checkpoints.latest()
     kept = f"the trained state is in {latest}: --resume" if latest else "nothing was kept"
     content = ""
-    gather_trained(tuned.model, ranks, frozen_too=tuned.saves_frozen)
+    gather_trained(run.tuned.model, ranks, frozen_too=run.tuned.saves_frozen)
     if ranks.is_main:
         events = EventFiles(record.config.output)
         with writing(record.config.output, kept):
-            content = publish(tuned, record, events, overwrite=overwrite)
+            content = publish(run.tuned, record, events, overwrite=overwrite)
+        run.tracking.finish()
         checkpoints.remove()
         events.remove()
     ranks.barrier()

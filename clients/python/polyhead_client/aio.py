@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -26,13 +26,25 @@ from polyhead_client.types import (
 from polyhead_proto.v1 import adapters_pb2, server_pb2
 
 
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Like `translated`; and gRPC's CancelledError of a call that was closed, where nobody cancelled the task."""
+    try:
+        with translated():
+            yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Cancelled("the stream or its client was closed") from None
+
+
 class AsyncStream:
     """An answer on its way: iterate for its chunks. Leaving it, or `close`, cancels what is left of it."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self._builder = wire.GenerationBuilder()
-        self._is_closed = False
 
     @property
     def request_id(self) -> str:
@@ -45,17 +57,11 @@ class AsyncStream:
         return self._builder.adapter
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        try:
-            with translated():
-                async for event in self._call:
-                    chunk = self._builder.add(event)
-                    if chunk is not None:
-                        yield chunk
-        except asyncio.CancelledError:
-            # gRPC says so of a call that was closed, too, though nobody cancelled the reader's task.
-            if self._is_closed:
-                raise Cancelled("the stream was closed") from None
-            raise
+        with _translated():
+            async for event in self._call:
+                chunk = self._builder.add(event)
+                if chunk is not None:
+                    yield chunk
 
     async def result(self) -> Generation:
         """Reads what is left and returns the whole answer."""
@@ -64,7 +70,6 @@ class AsyncStream:
         return self._builder.result()
 
     async def close(self) -> None:
-        self._is_closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -159,39 +164,39 @@ class AsyncClient:
     ) -> Score:
         """Log-probabilities of a given text or of given token ids."""
         request = wire.score_request(text, adapter, top_logprobs, parse_special_tokens)
-        with translated():
+        with _translated():
             return wire.to_score(await self._stubs.inference.Score(request, timeout=timeout_s))
 
     async def adapters(self, *, timeout_s: float | None = None) -> tuple[Adapter, ...]:
-        with translated():
+        with _translated():
             response = await self._stubs.adapters.List(adapters_pb2.ListAdaptersRequest(), timeout=timeout_s)
         return tuple(wire.to_adapter(adapter) for adapter in response.adapters)
 
     async def adapter(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(name=wire.adapter_name(name))
-        with translated():
+        with _translated():
             return wire.to_adapter(await self._stubs.adapters.Get(request, timeout=timeout_s))
 
     async def load(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Returns once the adapter is in the device pool."""
         request = adapters_pb2.LoadAdapterRequest(name=wire.adapter_name(name))
-        with translated():
+        with _translated():
             return wire.to_adapter(await self._stubs.adapters.Load(request, timeout=timeout_s))
 
     async def unload(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Gives up the adapter's memory; it is loaded again on demand."""
         request = adapters_pb2.UnloadAdapterRequest(name=wire.adapter_name(name))
-        with translated():
+        with _translated():
             return wire.to_adapter(await self._stubs.adapters.Unload(request, timeout=timeout_s))
 
     async def pin(self, name: str, pinned: bool = True, *, timeout_s: float | None = None) -> Adapter:
         """Keeps the adapter in the device pool, or lets it be evicted again."""
         request = adapters_pb2.PinAdapterRequest(name=wire.adapter_name(name), pinned=pinned)
-        with translated():
+        with _translated():
             return wire.to_adapter(await self._stubs.adapters.Pin(request, timeout=timeout_s))
 
     async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        with translated():
+        with _translated():
             return wire.to_server_info(await self._stubs.server.Info(server_pb2.InfoRequest(), timeout=timeout_s))
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> ServerInfo:

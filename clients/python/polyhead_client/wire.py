@@ -37,6 +37,11 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
+    # gRPC's own pauses grow to two minutes: a server would be back long before a client sees it.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # How long one attempt may take, in spite of its name; 20 s where it is not set.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
 READY_POLL_S = 0.2

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polyhead_trainer.parallel.memory import peak_memory_bytes
 from polyhead_trainer.progress import LINE_INTERVAL_S, TrainingProgress
+from polyhead_trainer.report import say
 from polyhead_trainer.together.loop import Course
 
 
@@ -65,11 +66,9 @@ class TogetherProgress:
         ]
         num_left = max(0 if course.has_ended else course.loop.num_steps - course.loop.step for course in courses)
         remaining = (now - self._started) / self._num_rounds * num_left
-        self._console.print(
+        say(
+            self._console,
             f"{'  '.join(parts)}  {self._tokens_per_s():.0f} tokens/s  {memory}  {remaining:.0f} s left",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
 
     def _text(self, course: Course) -> str:

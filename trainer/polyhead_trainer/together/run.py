@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
@@ -18,6 +19,7 @@ from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
@@ -109,13 +111,17 @@ def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool
     adapters = [_open(run, name, shared, facts, console, replaces[name]) for name, run in config.runs.items()]
     shared.prepare([example for adapter in adapters for example in adapter.data.sample()])
     energy = EnergyMeter(readable_counters(backbone.device))
-    _train(config, shared, adapters, facts, checkpoints, console, energy)
-
     published = {}
-    for adapter in adapters:
-        if adapter.course.failure is None:
-            joules = _part(energy.joules, adapter, adapters)
-            published[adapter.name] = _finish(adapter, adapters, shared, facts, checkpoints, console, started, joules)
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.tracking.failing_with())
+        _train(config, shared, adapters, facts, checkpoints, console, energy)
+        for adapter in adapters:
+            if adapter.course.failure is None:
+                joules = _part(energy.joules, adapter, adapters)
+                published[adapter.name] = _finish(
+                    adapter, adapters, shared, facts, checkpoints, console, started, joules
+                )
     failures = {adapter.name: adapter.course.failure for adapter in adapters if adapter.course.failure is not None}
     checkpoints.remove()
     return TogetherResult(published=published, failures=failures)
@@ -141,20 +147,18 @@ def _open(
         trainable = TrainableFacts.of(member.tuned.model, facts, num_untouched)
         loop = TrainingLoop(member.tuned, task.objective(member.tuned), data.examples, config.training)
     progress = TrainingProgress(Console(quiet=True))
-    watch = HeldOutWatch(
-        evaluator, config.training, lambda line: console.print(f"{name}: {line}", highlight=False, markup=False)
-    )
+    watch = HeldOutWatch(evaluator, config.training, lambda line: report.say(console, f"{name}: {line}"))
     tracking = RunTracking([EventFiles(config.output)], watch)
     last_good = LastGood()
 
     def keep(error: TrainingDiverged) -> TrainingDiverged:
         tracking.fail()
         kept = keep_what_is_left(error, last_good, member.tuned, config.output, facts)
-        console.print(f"{name} has diverged, the others go on: {kept.message}", highlight=False, markup=False)
+        report.say(console, f"{name} has diverged, the others go on: {kept.message}")
         return kept
 
     facts_of_data = DataFacts.of(config, data.train, data.held_out)
-    console.rule(escape(name))
+    console.rule(Text(name))
     report.print_plan(console, config, facts, facts_of_data, trainable, loop.num_steps)
     return _Adapter(
         config=config,
@@ -186,15 +190,13 @@ def _train(
     latest = checkpoints.latest()
     if latest is not None:
         for remark in SavedTogether.read(latest).check_continues(identities, latest):
-            console.print(remark, highlight=False, markup=False, soft_wrap=True)
+            report.say(console, remark)
         saved = restore_together(latest, shared, courses, stateful, energy)
-        console.print(f"continuing {latest} after round {saved.round}", highlight=False, soft_wrap=True)
+        report.say(console, f"continuing {latest} after round {saved.round}")
     else:
         console.print("measuring the backbone on the held-out examples of each")
         before = {
-            adapter.name: SavedRun(
-                identity=identities[adapter.name], before=adapter.evaluator.measure(shared.backbone.model), hooks={}
-            )
+            adapter.name: SavedRun(identity=identities[adapter.name], before=_measure_before(adapter, shared), hooks={})
             for adapter in adapters
         }
         saved = SavedTogether(round=0, adapters=before, failures={}, energy={})
@@ -210,6 +212,15 @@ def _train(
         checkpointer.wait()
     finally:
         checkpointer.close()
+
+
+def _measure_before(adapter: _Adapter, shared: SharedBackbone) -> Measures:
+    """As in a run of its own: of the backbone, but for earlier tasks of what the adapter starts from."""
+    before, settings = adapter.evaluator.measure(shared.backbone.model), adapter.config.adapter
+    if not isinstance(settings, LoraSettings) or settings.warm_start is None:
+        return before
+    with shared.only(adapter.course.member):
+        return replace(before, earlier_loss=adapter.evaluator.earlier_loss(adapter.course.member.tuned.model))
 
 
 @dataclass(frozen=True)
@@ -242,14 +253,14 @@ def _finish(
     course, config = adapter.course, adapter.config
     member: Member = course.member
     assert adapter.saved is not None
-    console.rule(escape(adapter.name))
+    console.rule(Text(adapter.name))
     if course.loop.stopped_because is not None:
-        console.print(f"stopped: {course.loop.stopped_because}", highlight=False, soft_wrap=True)
+        report.say(console, f"stopped: {course.loop.stopped_because}")
     with shared.only(member):
         if adapter.watch.restore_best(member.tuned):
-            console.print(f"kept: the weights of step {adapter.watch.best_step}", highlight=False)
+            report.say(console, f"kept: the weights of step {adapter.watch.best_step}")
         after = adapter.evaluator.measure(member.tuned.model)
-        adapter.tracking.finish(after, course.loop.step)
+        adapter.tracking.measured(after, course.loop.step)
         record = RunRecord(
             config=config,
             backbone=facts,
@@ -272,7 +283,8 @@ def _finish(
         events = EventFiles(config.output)
         with writing(config.output, kept):
             content = publish(member.tuned, record, events, overwrite=adapter.overwrite)
+        adapter.tracking.finish()
         events.remove()
     report.print_outcome(console, record)
-    console.print(f"adapter {config.output} ({content[:12]})", highlight=False, soft_wrap=True)
+    report.say(console, f"adapter {config.output} ({content[:12]})")
     return RunResult(record=record, content_hash=content)

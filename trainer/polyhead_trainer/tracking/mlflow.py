@@ -32,6 +32,8 @@ class MlflowTracker:
             if identity is None:
                 self._mlflow.log_params({name: value[:MAX_VALUE_CHARACTERS] for name, value in settings.items()})
         except self._mlflow.exceptions.MlflowException as error:
+            if self._is_open:  # or MLflow itself would call it finished when the process ends
+                self.end(finished=False)
             raise ConfigError(
                 f"tracking.mlflow = true: no run can be opened at {self._mlflow.get_tracking_uri()}: {error}; set "
                 "MLFLOW_TRACKING_URI, or leave tracking.mlflow out"
@@ -46,6 +48,9 @@ class MlflowTracker:
         except self._mlflow.exceptions.MlflowException as error:
             logger.warning("MLflow takes nothing more after step %s, training goes on: %s", step, error)
             self._is_open = False
+
+    def flush(self) -> None:
+        pass
 
     def end(self, *, finished: bool) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from polyhead_trainer.tracking.weights_and_biases import WandbTracker
 if TYPE_CHECKING:
     from polyhead_trainer.evaluate import Measures
     from polyhead_trainer.held_out_watch import HeldOutWatch
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out/loss"
 
@@ -51,6 +54,8 @@ class RunTracking:
 
     def __init__(self, trackers: Sequence[Tracker], watch: HeldOutWatch) -> None:
         self._trackers = trackers
+        self._open: list[Tracker] = []
+        """Those that have begun and were not told yet how the run has ended."""
         self._watch = watch
         self._identities: dict[str, str] = {}
         self._num_told = 0
@@ -63,6 +68,7 @@ class RunTracking:
         for tracker in self._trackers:
             known = self._identities.get(tracker.name)
             identity = tracker.begin(config.output.name, flat_settings(config), known)
+            self._open.append(tracker)
             if identity is not None:
                 self._identities[tracker.name] = identity
             if identity is not None and identity == known:
@@ -76,26 +82,40 @@ class RunTracking:
         new = self._watch.losses[self._num_told :]
         self._num_told += len(new)
         values = _step(report) | ({HELD_OUT: new[-1][1]} if new else {})
-        for tracker in self._trackers:
+        for tracker in self._open:
             tracker.log(values, report.step)
 
     @contextmanager
     def failing_with(self) -> Iterator[None]:
-        """The trackers' runs have failed where what is inside does."""
+        """The trackers' runs that are still open have failed where what is inside does, Control-C included."""
         try:
             yield
         except BaseException:
             self.fail()
             raise
 
-    def fail(self) -> None:
-        for tracker in self._trackers:
-            tracker.end(finished=False)
-
-    def finish(self, after: Measures, step: int) -> None:
-        for tracker in self._trackers:
+    def measured(self, after: Measures, step: int) -> None:
+        """The last that is logged: what is published of it is whole then."""
+        for tracker in self._open:
             tracker.log(_measures(after), step)
-            tracker.end(finished=True)
+            tracker.flush()
+
+    def finish(self) -> None:
+        """Once the run's output is published."""
+        self._end(finished=True)
+
+    def fail(self) -> None:
+        self._end(finished=False)
+
+    def _end(self, *, finished: bool) -> None:
+        # Whatever one of them does, the others are told, a publication stands, and why a run has failed stays known.
+        while self._open:
+            tracker = self._open.pop(0)
+            try:
+                tracker.end(finished=finished)
+            except Exception:
+                how = "finished" if finished else "failed"
+                logger.warning("%s was not told that the run has %s", tracker.name, how, exc_info=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"identities": self._identities}

@@ -47,6 +47,11 @@ class EventFiles:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        assert self._writer is not None, "begin comes first"
+        with writing(self.folder, "checkpoints stay as they are"):
+            self._writer.flush()
+
     def end(self, *, finished: bool) -> None:
         assert self._writer is not None, "begin comes first"
         with writing(self.folder, "checkpoints stay as they are"):

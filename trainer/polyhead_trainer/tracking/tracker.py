@@ -19,5 +19,8 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Raises StorageFailed where the values go to the disk; what a network loses does not end a training."""
 
+    def flush(self) -> None:
+        """What was logged can be read by others after it. Raises as `log` does."""
+
     def end(self, *, finished: bool) -> None:
-        """Once; nothing is logged after it."""
+        """Once; nothing is logged after it. What it raises is logged."""

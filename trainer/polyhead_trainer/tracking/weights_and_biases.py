@@ -33,5 +33,8 @@ class WandbTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
+    def flush(self) -> None:
+        pass
+
     def end(self, *, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)
