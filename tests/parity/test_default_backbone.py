@@ -73,6 +73,7 @@ def test_bfloat16_serves_close_to_float32(default_directory: Path) -> None:
     assert not torch.equal(scores["bfloat16"], scores["float32"])
 
 
+@pytest.mark.slow
 def test_a_gguf_file_of_the_users_loads(default_directory: Path, tmp_path: Path) -> None:
     """The very file that the default backbone is made of, given as a user gives one."""
     name, version, sha256 = source._DEFAULT_PACKAGE

@@ -270,7 +270,11 @@ print((peak() - before) * 1024)
 
 @pytest.mark.parametrize(
     ("kind", "quantization", "dtype"),
-    [("llama-untied", "int8", "float32"), ("llama-untied", "none", "bfloat16"), ("llama", "int8", "float32")],
+    [
+        pytest.param("llama-untied", "int8", "float32", marks=pytest.mark.slow),
+        ("llama-untied", "none", "bfloat16"),
+        ("llama", "int8", "float32"),
+    ],
 )
 def test_loading_needs_at_most_1_3_times_the_checkpoint(
     kind: str, quantization: str, dtype: str, tmp_path: Path
