@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from polyhead_core.errors import ConfigError, PolyheadError
+from polyhead_core.errors import AdapterMismatch, ConfigError, PolyheadError
 from polyhead_trainer import run as run_module
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.cli import app
 from polyhead_trainer.config import RunConfig, load_config
 from polyhead_trainer.export import export
+from tiny import save_backbone
 from trainer_processes import write_run
 
 
@@ -53,6 +54,10 @@ def test_the_last_checkpoint_is_what_the_run_publishes(
         export(config, tmp_path / "exported")
     with pytest.raises(ConfigError, match="has those after steps 2, 4"):
         export(config, tmp_path / "none", step=3)
+
+    other = save_backbone("llama", tmp_path / "other", seed=1)
+    with pytest.raises(AdapterMismatch, match=r"name the right one in backbone\.source"):
+        export(load_config(file, [f"backbone.source={other}"]), tmp_path / "none")
 
     run_module.run(config, Console(quiet=True), resume=True)
     published, found, before = (tensors(path) for path in (config.output, exported.output, earlier.output))

@@ -30,15 +30,12 @@ from polyhead_trainer.tasks import open_task
 from polyhead_trainer.tasks.seq2seq import Seq2SeqObjective, Seq2SeqTask
 from tiny import VOCAB, tokenizer
 
+T5_SHAPE = {"vocab_size": VOCAB, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+
 
 def save_encoder_decoder(directory: Path) -> Path:
     config = T5Config(
-        vocab_size=VOCAB,
-        d_model=64,
-        d_ff=96,
-        d_kv=16,
-        num_layers=2,
-        num_heads=4,
+        **T5_SHAPE,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
         decoder_start_token_id=0,
@@ -95,12 +92,8 @@ def bart() -> PreTrainedModel:
 
 
 def t5(*, tied: bool) -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4, tie_word_embeddings=tied,
-            dropout_rate=0.0, decoder_start_token_id=0,
-        )
-    )  # fmt: skip
+    config = T5Config(**T5_SHAPE, tie_word_embeddings=tied, dropout_rate=0.0, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
 
 
 @pytest.mark.parametrize("kind", ["t5", "t5-tied", "bart", "lora"])

@@ -16,7 +16,6 @@ from transformers import (
     PretrainedConfig,
 )
 
-from polyhead_core.adapter_directory import AdapterDirectory
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
@@ -117,11 +116,11 @@ def is_encoder_decoder(directory: Path) -> bool:
     return config.is_encoder_decoder
 
 
-def check_trained_on(backbone: Backbone, directory: Path, files: AdapterDirectory) -> None:
-    """Raises AdapterMismatch where the adapter in `directory` says that it was trained on another backbone."""
-    if files.backbone_fingerprint not in (None, backbone.fingerprint):
+def check_trained_on(backbone: Backbone, directory: Path, named: str | None) -> None:
+    """Raises AdapterMismatch where `directory` names the fingerprint of another backbone; None: it names none."""
+    if named not in (None, backbone.fingerprint):
         raise AdapterMismatch(
-            f"{directory} was trained on the backbone with fingerprint {files.backbone_fingerprint}, "
+            f"{directory} was trained on the backbone with fingerprint {named}, "
             f"{backbone.source!r} has {backbone.fingerprint}: name the right one in backbone.source"
         )
 

@@ -12,7 +12,7 @@ from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.loop import StepReport, TrainingLoop
 from polyhead_trainer.methods import Tuned
-from polyhead_trainer.publish import publish_last_good
+from polyhead_trainer.publish import publish_without_record
 from polyhead_trainer.record import BackboneFacts
 from polyhead_trainer.trained_state import copy_state, restore_state
 
@@ -65,7 +65,7 @@ def keep_what_is_left(
     message = f"{error.message}; the step's token ids are in {batch_file}"
     if last_good.restore(tuned):
         place = _beside(output, "last-good")
-        publish_last_good(tuned, place, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
+        publish_without_record(tuned, place, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
         message += f"; the adapter after {last_good.good_step} steps, the last with a finite loss, is in {place}"
     elif tuned.is_adapter and last_good.num_ranks == 1:
         message += "; no earlier step had shown a finite loss, so that no adapter is kept"

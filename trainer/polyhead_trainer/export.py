@@ -11,7 +11,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer import backbones, methods
 from polyhead_trainer.checkpoint import CheckpointDirectory, SavedRun
 from polyhead_trainer.config import RunConfig
-from polyhead_trainer.publish import check_output, publish_last_good
+from polyhead_trainer.publish import check_output, publish_without_record
 from polyhead_trainer.tasks import open_task
 
 
@@ -27,21 +27,17 @@ class Exported:
 def export(config: RunConfig, output: Path, *, step: int | None = None) -> Exported:
     """Of the checkpoint after `step`, the latest by default, written by however many ranks, in one process.
 
-    Raises ConfigError, ResumeRefused, BackboneError.
+    Raises ConfigError, ResumeRefused, BackboneError, AdapterMismatch.
     """
     check_output(output, overwrite=False)
     checkpoint = _checkpoint(CheckpointDirectory(config.output), step)
     saved = SavedRun.read(checkpoint)
     backbone = backbones.load(backbones.on_host(config.backbone))
-    if saved.identity.backbone_fingerprint != backbone.fingerprint:
-        raise ConfigError(
-            f"{checkpoint} was trained on the backbone with fingerprint {saved.identity.backbone_fingerprint}, "
-            f"{backbone.source!r} has {backbone.fingerprint}: name the right one with --set backbone.source=..."
-        )
+    backbones.check_trained_on(backbone, checkpoint, saved.identity.backbone_fingerprint)
     tuned = methods.tune(open_task(config, backbone).backbone, config.adapter, config.training.seed)
     load({"trained": tuned.trained_state()}, checkpoint_id=checkpoint, no_dist=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    publish_last_good(tuned, output, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
+    publish_without_record(tuned, output, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
     return Exported(checkpoint=checkpoint, step=saved.step, output=output, is_adapter=tuned.is_adapter)
 
 

@@ -45,8 +45,8 @@ def publish(tuned: Tuned, record: RunRecord, events: EventFiles, *, overwrite: b
     return identity
 
 
-def publish_last_good(tuned: Tuned, directory: Path, *, fingerprint: str, quantization: str) -> None:
-    """Writes an adapter without a record of a run, complete or not at all, over an earlier one of this kind."""
+def publish_without_record(tuned: Tuned, directory: Path, *, fingerprint: str, quantization: str) -> None:
+    """Writes what was trained, without a record of a run, complete or not at all, over an earlier one of this kind."""
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         os.chmod(staging, 0o755)

@@ -75,7 +75,7 @@ def measure(subject: Subject) -> Measured:
     else:
         files = read_adapter_directory(subject.adapter.resolve())
         content_hash = files.content_hash
-        backbones.check_trained_on(backbone, subject.adapter, files)
+        backbones.check_trained_on(backbone, subject.adapter, files.backbone_fingerprint)
     task = open_task(config, backbone)
     held_out = load_examples(
         config.data.held_out, backbone.tokenizer, config.data.max_length, task.encode, config.data.columns

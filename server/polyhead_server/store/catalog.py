@@ -173,16 +173,13 @@ class Catalog:
         assert self.folder is not None
         path = self.folder / name
         facts, error = self._read(name, path)
-        recheck_after_s = PASSING_RETRY_S if error is not None and _may_pass(error) else None
-        if _is_young(signature):
-            recheck_after_s = SETTLE_S
         return CatalogEntry(
             name=name,
             path=path,
             signature=signature,
             facts=facts,
             error=error,
-            recheck_at_s=None if recheck_after_s is None else time.monotonic() + recheck_after_s,
+            recheck_at_s=_recheck_at_s(signature, error),
         )
 
     def _has_changed_unseen(self, known: CatalogEntry) -> bool:
@@ -219,9 +216,12 @@ def _neighbours(name: str, names: Iterable[str]) -> list[str]:
     return ordered[max(0, place - COMPARED_NAMES // 2) : place + COMPARED_NAMES // 2]
 
 
-def _may_pass(error: AdapterRejected) -> bool:
-    """Whether the same files may be readable the next time: what failed was not their content."""
-    return isinstance(error.__cause__, OSError | MemoryError)
+def _recheck_at_s(signature: Signature, error: AdapterRejected | None) -> float | None:
+    if _is_young(signature):
+        return time.monotonic() + SETTLE_S
+    if error is not None and isinstance(error.__cause__, OSError | MemoryError):  # it was not the content that failed
+        return time.monotonic() + PASSING_RETRY_S
+    return None
 
 
 def _settled(entry: CatalogEntry) -> CatalogEntry:

@@ -253,10 +253,10 @@ class AdapterStore:
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """Keeps what the name means, now and later, in the device pool, and begins to load it; or lets it go again."""
-        # A pin comes off a refused folder too.
         if pinned:
             self.resolve(name)
-        self._catalog.entry(name)
+        else:  # a pin comes off a refused folder too
+            self._catalog.entry(name)
         with self._lock:
             (self._pinned_names.add if pinned else self._pinned_names.discard)(name)
             self._apply_pins()

@@ -63,7 +63,7 @@ def load_head(backbone: Backbone, directory: Path) -> PreTrainedModel:
             f"adapter {files.name!r}: expected peft_type {HEAD_TYPE!r} with lists `labels` and `hidden`, "
             f"got {files.config.get('peft_type')!r}, {labels!r} and {hidden!r}"
         )
-    check_trained_on(backbone, directory, files)
+    check_trained_on(backbone, directory, files.backbone_fingerprint)
     model: Any = classifier(backbone, labels, hidden=hidden, seed=0)
     _fill(model.score, files.tensors, files.name)
     assert isinstance(model, PreTrainedModel)

@@ -99,7 +99,7 @@ def bottleneck(backbone: Backbone, settings: BottleneckSettings) -> BottleneckTu
     _insert(backbone.model, settings)
     if settings.warm_start is not None:
         files = read_adapter_directory(settings.warm_start.resolve())
-        check_trained_on(backbone, settings.warm_start, files)
+        check_trained_on(backbone, settings.warm_start, files.backbone_fingerprint)
         if files.config.get("activation") != settings.activation:
             raise AdapterMismatch(
                 f"{settings.warm_start} has activation = {files.config.get('activation')}, where the settings make it "
@@ -116,7 +116,7 @@ def bottleneck(backbone: Backbone, settings: BottleneckSettings) -> BottleneckTu
 def load_bottleneck(backbone: Backbone, directory: Path) -> PreTrainedModel:
     """The backbone with the adapter from `directory`. Raises AdapterRejected and its kin, BackboneError."""
     files = read_adapter_directory(directory.resolve())
-    check_trained_on(backbone, directory, files)
+    check_trained_on(backbone, directory, files.backbone_fingerprint)
     wanted = ("size", "activation", "places")
     try:
         settings = BottleneckSettings(method="bottleneck", **{name: files.config[name] for name in wanted})

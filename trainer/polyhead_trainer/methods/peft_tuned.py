@@ -80,7 +80,7 @@ def wrap(backbone: Backbone, config: PeftConfig, warm_start: Path | None = None)
 
 def _start_from(model: PeftModel, directory: Path, backbone: Backbone) -> None:
     files = read_adapter_directory(directory.resolve())
-    check_trained_on(backbone, directory, files)
+    check_trained_on(backbone, directory, files.backbone_fingerprint)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_same_tensors(directory, files.tensors, wanted)
     _check_same_effect(directory, files.config, model.peft_config["default"].to_dict())

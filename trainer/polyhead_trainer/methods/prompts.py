@@ -73,7 +73,7 @@ def _in_front(backbone: Backbone, config: Any, settings: Any, initial: Tensor | 
 
 def _continue(model: PeftModel, settings: Any, backbone: Backbone) -> None:
     files = read_adapter_directory(settings.warm_start.resolve())
-    check_trained_on(backbone, settings.warm_start, files)
+    check_trained_on(backbone, settings.warm_start, files.backbone_fingerprint)
     encoder: Any = model.prompt_encoder["default"]
     check_same_tensors(settings.warm_start, files.tensors, {"prompt_embeddings": encoder.embedding.weight})
     with torch.no_grad():
