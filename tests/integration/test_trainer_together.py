@@ -320,16 +320,19 @@ def test_settings_that_change_rounding_alone_may_change_and_are_told_of(
     assert "sizes: training.micro_batch_size was null, is 2: from here on" in console.export_text()
 
 
-def test_an_adapter_that_had_stopped_early_stays_so(file: Path, kill_at: Callable[[int], None]) -> None:
+def test_an_adapter_that_had_stopped_early_stays_so(file: Path, tmp_path: Path, kill_at: Callable[[int], None]) -> None:
     settings = ("evaluate_every=1", "early_stopping_patience=1", "keep=best", "learning_rate=3")
     overrides = [f"adapters.sizes.training.{setting}" for setting in settings]
-    kill_at(10)
+    undisturbed = train(file, *overrides, f'output="{tmp_path}/undisturbed"')
+    num_steps = {name: len(one.record.curve) for name, one in undisturbed.published.items()}
+    assert num_steps["sizes"] < 5
+    assert num_steps["colours"] == 7
+    kill_at(sum(num_steps.values()))
     with pytest.raises(Killed):
         train(file, *overrides, "checkpoint.every_steps=1", "checkpoint.asynchronous=false")
     kill_at(0)
     result = train(file, *overrides, "checkpoint.every_steps=1", resume=True)
-    assert len(result.published["sizes"].record.curve) < 5
-    assert len(result.published["colours"].record.curve) == 7
+    assert losses(result) == losses(undisturbed)
 
 
 def test_streamed_data_continue_where_they_stood(file: Path, tmp_path: Path, kill_at: Callable[[int], None]) -> None:

@@ -207,7 +207,8 @@ def test_whole_trainings_are_those_of_separate_runs(tmp_path: Path, dropout: flo
             assert (one.num_tokens, one.num_labels) == (other.num_tokens, other.num_labels)
         assert weights.keys() == expected_weights.keys()
         for name, tensor in weights.items():
-            torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-3, atol=2e-4)
+            # As a whole: where a gradient is next to nothing, Adam makes a step of its rounding.
+            assert (tensor - expected_weights[name]).norm() < 2e-3 * expected_weights[name].norm(), name
 
 
 def test_on_int8_losses_are_bit_equal_and_gradients_equal_to_rounding(tmp_path: Path) -> None:
