@@ -110,15 +110,64 @@ struct AttentionItem {
 // Pages lie anywhere, and the processor cannot guess the next one: it is asked for so many ahead.
 constexpr int64_t PAGES_AHEAD = 3;
 
+// Caps scores [size] where they are to be; returns the factor that is still to be applied to them.
+inline float cap_scores(float* x, int64_t size, const AttentionShape& s) {
+  if (s.softcap == 0.0f) return s.scale;
+  for (int64_t i = 0; i < size; ++i) x[i] = s.softcap * std::tanh(x[i] * s.scale / s.softcap);
+  return 1.0f;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+// NaN is passed over: its weight is NaN anyway.
+inline float largest_score(const float* x, int64_t size) {
+  Floats largest = splat(-INFINITY);
+  for (int64_t i = 0; i < size; i += WIDTH) {
+    const __mmask16 seen = lanes(size - i);
+    largest = _mm512_mask_max_ps(largest, seen, _mm512_maskz_loadu_ps(seen, x + i), largest);
+  }
+  return _mm512_reduce_max_ps(largest);
+}
+
+// put(i, seen, low, high): exp(scale s - max) of scores [size], 32 from i on, zero where not seen. Returns their sum, whose
+// order starts with x.
+template <typename Put>
+inline float softmax(float* x, int64_t size, const AttentionShape& s, const Put& put) {
+  const float scale = cap_scores(x, size, s);
+  const Floats factor = splat(scale), shift = splat(-largest_score(x, size) * scale);
+  Floats even = splat(0.0f), odd = even;
+  for (int64_t i = 0; i < size; i += 2 * WIDTH) {
+    const __mmask32 seen = size - i >= 2 * WIDTH ? ~__mmask32{0} : (__mmask32{1} << (size - i)) - 1;
+    const auto weights = [&](int64_t at, __mmask16 mask) {
+      return _mm512_maskz_mov_ps(mask, exp_nonpositive(fma(_mm512_maskz_loadu_ps(mask, x + at), factor, shift)));
+    };
+    const Floats low = weights(i, lanes(size - i)), high = weights(i + WIDTH, lanes(size - i - WIDTH));
+    even = _mm512_add_ps(even, low), odd = _mm512_add_ps(odd, high);
+    put(i, seen, low, high);
+  }
+  return sum(_mm512_add_ps(even, odd));
+}
+
 // Turns scores [size] into exp(scale s - max); returns their sum.
 inline float softmax_weights(float* x, int64_t size, const AttentionShape& s) {
-  for (int64_t i = 0; i < size; ++i) x[i] *= s.scale;
-  if (s.softcap != 0.0f)
-    for (int64_t i = 0; i < size; ++i) x[i] = s.softcap * std::tanh(x[i] / s.softcap);
-  const float largest = in_lanes(x, size, x[0], [](float a, float b) { return b > a ? b : a; });
-  for (int64_t i = 0; i < size; ++i) x[i] = exp_nonpositive(x[i] - largest);
-  const float total = in_lanes(x, size, 0.0f, [](float a, float b) { return a + b; });
-  return total;
+  return softmax(x, size, s, [&](int64_t i, __mmask32 seen, Floats low, Floats high) {
+    _mm512_mask_storeu_ps(x + i, static_cast<__mmask16>(seen), low);
+    _mm512_mask_storeu_ps(x + i + WIDTH, static_cast<__mmask16>(seen >> WIDTH), high);
+  });
 }
+
+#else
+
+inline float largest_score(const float* x, int64_t size) {
+  return in_lanes(x, size, x[0], [](float a, float b) { return b > a ? b : a; });
+}
+
+inline float softmax_weights(float* x, int64_t size, const AttentionShape& s) {
+  const float scale = cap_scores(x, size, s), largest = largest_score(x, size);
+  for (int64_t i = 0; i < size; ++i) x[i] = exp_nonpositive((x[i] - largest) * scale);
+  return in_lanes(x, size, 0.0f, [](float a, float b) { return a + b; });
+}
+
+#endif
 
 }  // namespace polyhead

@@ -32,30 +32,15 @@ struct TileScratch {
   }
 };
 
-// As softmax_weights(), the weights as WEIGHT_PARTS bfloat16 rows, `plane` apart. The order of the sum starts with x.
+// As softmax_weights(), the weights as WEIGHT_PARTS bfloat16 rows, `plane` apart.
 inline float softmax_split(float* x, int64_t size, const AttentionShape& s, BFloat16* to, int64_t plane) {
   static_assert(WEIGHT_PARTS == 2);
-  float scale = s.scale;
-  if (s.softcap != 0.0f) {
-    for (int64_t i = 0; i < size; ++i) x[i] = s.softcap * std::tanh(x[i] * s.scale / s.softcap);
-    scale = 1.0f;
-  }
-  const float largest = in_lanes(x, size, x[0], [](float a, float b) { return b > a ? b : a; });
-  const Floats factor = splat(scale), shift = splat(-largest * scale);
-  Floats even = splat(0.0f), odd = even;
-  for (int64_t i = 0; i < size; i += PAIR_DEPTH) {
-    const __mmask32 seen = size - i >= PAIR_DEPTH ? ~__mmask32{0} : (__mmask32{1} << (size - i)) - 1;
-    const auto weights = [&](int64_t at, __mmask16 mask) {
-      return _mm512_maskz_mov_ps(mask, exp_nonpositive(fma(_mm512_maskz_loadu_ps(mask, x + at), factor, shift)));
-    };
-    const Floats low = weights(i, static_cast<__mmask16>(seen)), high = weights(i + WIDTH, static_cast<__mmask16>(seen >> 16));
-    even = _mm512_add_ps(even, low), odd = _mm512_add_ps(odd, high);
+  return softmax(x, size, s, [&](int64_t i, __mmask32 seen, Floats low, Floats high) {
     const __m512i first = to_bfloat16(low, high);
     _mm512_mask_storeu_epi16(to + i, seen, first);
     _mm512_mask_storeu_epi16(to + plane + i, seen,
                              to_bfloat16(_mm512_sub_ps(low, low_floats(first)), _mm512_sub_ps(high, high_floats(first))));
-  }
-  return sum(_mm512_add_ps(even, odd));
+  });
 }
 
 // Two rows of 32 as 32 pairs.

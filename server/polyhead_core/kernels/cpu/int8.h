@@ -24,7 +24,11 @@ inline void store_ints(int32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
 struct Four {
   Ints values;
   explicit Four(const int8_t* x) : values(_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x))) {}
-  Ints add_product(Ints acc, Ints w) const { return _mm512_dpbusd_epi32(acc, w, values); }
+  Ints add_product(Ints acc, Ints w) const {
+    // By the intrinsic gcc 12 moves every sum to another register at each product, and some of them to memory.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(values));
+    return acc;
+  }
 };
 inline void scale_add(float* to, Ints x, float scale) {
   _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale))));
@@ -215,9 +219,6 @@ struct QuantizeScratch {
 };
 
 #if defined(POLYHEAD_VNNI)
-
-// The first `count` lanes.
-inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, WIDTH)) - 1); }
 
 // max |x| of vectors, NaN where any is: see largest_magnitude.
 struct Magnitude {

@@ -66,6 +66,8 @@ inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+// The first `count` lanes.
+inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, WIDTH)) - 1); }
 
 // x / divisor, given 1 / divisor: as division rounds it (Markstein 1990), and several times as fast.
 inline Floats divide(Floats x, Floats divisor, Floats inverse) {
