@@ -114,6 +114,29 @@ def test_what_needs_no_padding_for_cublas_is_not_copied(monkeypatch: pytest.Monk
     assert padded == [(0, 0, 0, 29), (0, 1, 0, 0), (0, 1, 0, 7)]
 
 
+def test_a_lasting_layer_uses_a_results_memory_again_once_nobody_holds_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (48, 64), generator=generator, dtype=torch.int8)
+    packed = dispatch.pack_linear(weight, torch.rand(48, generator=generator), lasting=True)
+    assert packed is not None
+    x, other = torch.randn(2, 3, 64, generator=generator)
+    first = packed.forward(x)
+    expected, row = first.clone(), first[1]
+    second = packed.forward(other)
+    assert torch.equal(first, expected)
+    assert not torch.equal(second, first)
+    del first
+    third = packed.forward(other)
+    assert torch.equal(row, expected[1])
+    address = third.data_ptr()
+    del second, third
+    with torch.inference_mode():
+        fourth = packed.forward(x[:2])
+    assert fourth.data_ptr() == address
+    assert torch.equal(fourth, expected[:2])
+    fourth += 1  # a tensor of inference mode would not allow it
+
+
 def test_int8_backward_of_no_rows() -> None:
     weight = torch.ones(6, 5, dtype=torch.int8)
     assert dispatch.int8_linear_backward(torch.zeros(0, 6), weight, torch.ones(6)).shape == (0, 5)

@@ -106,10 +106,13 @@ struct PackedLinear : torch::CustomClassHolder {
   at::Tensor inverse_smooth;  // 1 / smooth
   std::vector<uint16_t> kept;  // of each 16 inputs, those that are no outlier columns
   at::Tensor columns;         // int64 [outliers]
+  bool lasting;
+  ReusedResult results;
 
-  // `lasting`: kept for long, so worth huge pages that it shares with others of its kind.
+  // `lasting`: kept for long, so worth huge pages that it shares with others of its kind, and memory for its results.
   PackedLinear(const at::Tensor& weight, const at::Tensor& absmax, const std::optional<at::Tensor>& input_scale,
-               const std::optional<at::Tensor>& outlier_columns, const std::optional<at::Tensor>& bias_, bool lasting) {
+               const std::optional<at::Tensor>& outlier_columns, const std::optional<at::Tensor>& bias_, bool lasting_)
+      : lasting(lasting_) {
     TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kChar && weight.is_contiguous(),
                 "a packed weight is made from a contiguous int8 [out, in], got ", weight.sizes(), " of ",
                 weight.scalar_type());

@@ -20,7 +20,7 @@ at::Tensor packed_forward(const LinearPtr& linear, const at::Tensor& x) {
   RECORD_FUNCTION("polyhead_cpu::packed_linear", std::vector<c10::IValue>());
   TORCH_CHECK(x.dim() == 2 && x.size(1) == linear->in, "expected rows of ", linear->in, ", got ", x.sizes());
   const at::Tensor input = x.to(at::kFloat).contiguous();
-  at::Tensor y = at::empty({x.size(0), linear->out}, input.options());
+  at::Tensor y = linear->lasting ? linear->results.empty(x.size(0), linear->out) : at::empty({x.size(0), linear->out});
   linear_forward(*linear, input.const_data_ptr<float>(), x.size(0), y.data_ptr<float>());
   return y;
 }

@@ -1,7 +1,9 @@
-// Memory on huge pages, which large sequential reads need to reach the machine's bandwidth (a third more on a Zen 3).
+// Memory on huge pages, which large sequential reads need to reach the machine's bandwidth (a third more on a Zen 3), and
+// memory that is used again.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cstdint>
 #include <memory>
@@ -61,5 +63,24 @@ inline at::Tensor empty_on_huge_pages(int64_t bytes) {
   }
   return at::from_blob(data, {bytes}, [chunk](void*) {}, at::TensorOptions().dtype(at::kChar));
 }
+
+// A float result whose memory is used again once nobody holds the last one: what malloc gives back to the system comes
+// again as new pages, which the system fills with zeros first.
+class ReusedResult {
+ public:
+  at::Tensor empty(int64_t rows, int64_t width) {
+    constexpr int64_t MOST_BYTES = 64 << 20;  // larger ones are rare, and too much to keep
+    const c10::InferenceMode outside(false);  // a tensor made in inference mode could not be used outside of it
+    if (rows * width * static_cast<int64_t>(sizeof(float)) > MOST_BYTES) return at::empty({rows, width});
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool is_free = memory_.defined() && memory_.storage().use_count() == 1;
+    if (!is_free || memory_.numel() < rows * width) memory_ = at::empty({rows * width});
+    return memory_.narrow(0, 0, rows * width).view({rows, width});
+  }
+
+ private:
+  std::mutex mutex_;
+  at::Tensor memory_;
+};
 
 }  // namespace polyhead
