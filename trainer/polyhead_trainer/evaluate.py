@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,8 @@ from polyhead_trainer.batching import Batch, collate
 from polyhead_trainer.config import EvaluateSection
 from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.errors import DataError
-from polyhead_trainer.objectives.label_logits import first_label_rows, label_logits
+from polyhead_trainer.objectives.chunked_loss import over_label_logits
+from polyhead_trainer.objectives.label_logits import first_label_rows
 
 WINDOW_TOKENS = 512
 """General text is read in windows of this many tokens, each without what came before it."""
@@ -76,6 +78,8 @@ class Evaluator:
     """Most examples in one forward pass."""
     earlier: list[EncodedExample] = field(default_factory=list)
     """Held-out examples of tasks that were learned before."""
+    logit_chunk: int = 0
+    """Most logits held at once, as training.logit_chunk; 0: all."""
 
     @torch.no_grad()  # not inference_mode: what FSDP gathers in it could not be trained with afterwards
     def measure(self, model: torch.nn.Module) -> Measures:
@@ -112,15 +116,30 @@ class Evaluator:
         total, num_labels, num_right = 0.0, 0, 0
         for chunk in by_length(examples, self.batch_size):
             batch = collate(chunk, self.pad_id).to(compute_device(model))
-            logits_NV = label_logits(model, batch)
-            total += F.cross_entropy(logits_NV, batch.targets_N, reduction="sum").item()
+            loss, right = self._of_batch(model, batch)
+            total, num_right = total + loss, num_right + right
             num_labels += batch.num_labels
-            if self.choice_ids:
-                first_B = first_label_rows(batch)
-                choices = torch.tensor(self.choice_ids, device=first_B.device)
-                likeliest_B = choices[logits_NV[first_B][:, choices].argmax(dim=1)]
-                num_right += int((likeliest_B == batch.targets_N[first_B]).sum())
         return total / num_labels, num_right
+
+    def _of_batch(self, model: torch.nn.Module, batch: Batch) -> tuple[float, int]:
+        """(loss summed over the label tokens, in nats; examples whose right choice is the likeliest)"""
+        is_first_N = torch.zeros_like(batch.targets_N, dtype=torch.bool)
+        is_first_N[first_label_rows(batch)] = True
+
+        def of_rows(logits_CV: Tensor, rows: slice) -> tuple[float, int]:
+            targets_C, is_first_C = batch.targets_N[rows], is_first_N[rows]
+            loss = F.cross_entropy(logits_CV, targets_C, reduction="sum").item()
+            return loss, self._num_right(logits_CV[is_first_C], targets_C[is_first_C])
+
+        losses, rights = zip(*over_label_logits(model, batch, self.logit_chunk, of_rows), strict=True)
+        return sum(losses), sum(rights)
+
+    def _num_right(self, logits_FV: Tensor, targets_F: Tensor) -> int:
+        """At the first label tokens of F examples."""
+        if not self.choice_ids:
+            return 0
+        choices = torch.tensor(self.choice_ids, device=logits_FV.device)
+        return int((choices[logits_FV[:, choices].argmax(dim=1)] == targets_F).sum())
 
     def generate(self, model: torch.nn.Module, examples: Sequence[EncodedExample]) -> list[str]:
         """Greedy answers, in the order of `examples`."""
@@ -165,7 +184,7 @@ class Evaluator:
                 predicts_BT=F.pad(everywhere[:, 1:].bool(), (0, 1)),
                 targets_N=ids_1T[0, 1:],
             )
-            total += F.cross_entropy(label_logits(model, window), window.targets_N, reduction="sum").item()
+            total += self._of_batch(model, window)[0]
             num_predicted += window.num_labels
         return math.exp(total / num_predicted)
 
@@ -176,8 +195,12 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     pad_id: int,
     max_length: int = 512,
+    logit_chunk: int = 0,
 ) -> Evaluator:
-    """`max_length`: of the examples of earlier tasks, as data.max_length. Raises ConfigError, DataError."""
+    """`max_length`: of the examples of earlier tasks, as data.max_length; `logit_chunk`: as training.logit_chunk.
+
+    Raises ConfigError, DataError.
+    """
     return Evaluator(
         tokenizer=tokenizer,
         pad_id=pad_id,
@@ -188,6 +211,7 @@ def prepare(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         earlier=_earlier_examples(settings, tokenizer, max_length),
+        logit_chunk=logit_chunk,
     )
 
 

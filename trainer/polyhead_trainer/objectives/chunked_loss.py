@@ -1,4 +1,5 @@
-"""Cross-entropy that never holds the full logits: a chunk of label positions goes through the LM head at a time.
+"""Cross-entropy, and measures, that never hold the full logits: a chunk of label positions goes through the LM head at
+a time.
 
     N label positions, V vocabulary, H hidden size, C positions in a chunk
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch.autograd.function import FunctionCtx
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from polyhead_trainer.batching import Batch
-from polyhead_trainer.objectives.label_logits import model_inputs
+from polyhead_trainer.objectives.label_logits import label_logits, model_inputs
+
+Found = TypeVar("Found")
 
 
 def chunked_loss_sum(model: nn.Module, batch: Batch, chunk_rows: int) -> Tensor:
@@ -30,24 +33,28 @@ def chunked_loss_sum(model: nn.Module, batch: Batch, chunk_rows: int) -> Tensor:
 
 
 def chunked_loss_sums(model: nn.Module, batch: Batch, chunk_rows: int, sizes: Sequence[int]) -> list[Tensor]:
-    """As chunked_loss_sum, apart for runs of `sizes` label tokens.
-
-    `chunk_rows`: C. The model's own forward computes both halves, so that what an architecture does to its logits
-    (scaling, soft capping) and what an adapter does to the head is done here as well.
-    """
-    causal_lm: Any = model
-    if isinstance(model, PeftModel):
-        causal_lm = model.get_base_model()
-    head: nn.Module = causal_lm.get_output_embeddings()
-    hidden_NH = _rows_before_head(model, head, batch)
+    """As chunked_loss_sum, apart for runs of `sizes` label tokens. `chunk_rows`: C."""
+    head, hidden_NH, logits_of = _halves(model, batch)
 
     def loss_of(hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
-        with _decoder_returns(causal_lm, hidden_CH.unsqueeze(0)):
-            logits_CV = causal_lm.forward(input_ids=batch.token_ids_BT[:1, :1], use_cache=False).logits[0]
-        return F.cross_entropy(logits_CV.float(), targets_C, reduction="sum")
+        return F.cross_entropy(logits_of(hidden_CH), targets_C, reduction="sum")
 
     runs = zip(hidden_NH.split(list(sizes)), batch.targets_N.split(list(sizes)), strict=True)
     return [in_chunks(loss_of, hidden_NH, targets_N, chunk_rows, head) for hidden_NH, targets_N in runs]
+
+
+def over_label_logits(model: nn.Module, batch: Batch, limit: int, of: Callable[[Tensor, slice], Found]) -> list[Found]:
+    """`of(logits_CV, rows)` for all label tokens, in order: parts of `label_logits` and the rows of [N] that they are.
+
+    `limit`: most logits in a part; 0: all in one. A part is gone before the next is there; to be called without
+    gradients, which would keep all of them.
+    """
+    rows = chunk_rows(limit, batch.num_labels, cast(Any, model).config.vocab_size)
+    if rows is None:
+        return [of(label_logits(model, batch), slice(0, batch.num_labels))]
+    _, hidden_NH, logits_of = _halves(model, batch)
+    parts = [slice(start, start + rows) for start in range(0, batch.num_labels, rows)]
+    return [of(logits_of(hidden_NH[part]), part) for part in parts]
 
 
 def in_chunks(
@@ -66,6 +73,24 @@ def chunk_rows(limit: int, num_labels: int, vocabulary: int) -> int | None:
     if limit == 0 or num_labels * vocabulary <= limit:
         return None
     return max(1, limit // vocabulary)
+
+
+def _halves(model: nn.Module, batch: Batch) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    """(LM head, what it is given for the label tokens [N, H], from such rows [C, H] to logits [C, vocabulary] in
+    float32).
+
+    The model's own forward computes both halves, so that what an architecture does to its logits (scaling, soft
+    capping) and what an adapter does to the head is done here as well.
+    """
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: nn.Module = causal_lm.get_output_embeddings()
+
+    def logits_of(hidden_CH: Tensor) -> Tensor:
+        with _decoder_returns(causal_lm, hidden_CH.unsqueeze(0)):
+            output = causal_lm.forward(input_ids=batch.token_ids_BT[:1, :1], use_cache=False)
+        return cast(Tensor, output.logits)[0].float()
+
+    return head, _rows_before_head(model, head, batch), logits_of
 
 
 def _rows_before_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:

@@ -38,9 +38,14 @@ class CompletionTask:
         return CompletionObjective(padding_id(self.backbone.tokenizer), settings.logit_chunk, settings.packing)
 
     def evaluator(self, held_out: Sequence[EncodedExample]) -> evaluate.Evaluator:
-        tokenizer = self.backbone.tokenizer
+        tokenizer, config = self.backbone.tokenizer, self.config
         return evaluate.prepare(
-            self.config.evaluate, held_out, tokenizer, padding_id(tokenizer), self.config.data.max_length
+            config.evaluate,
+            held_out,
+            tokenizer,
+            padding_id(tokenizer),
+            config.data.max_length,
+            config.training.logit_chunk,
         )
 
     def reload(self, directory: Path) -> nn.Module:

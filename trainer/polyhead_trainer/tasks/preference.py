@@ -128,8 +128,8 @@ class PreferenceTask:
         measured: list[EncodedExample] = [*pairs[: settings.max_examples or None]]
         chosen = [pair.chosen for pair in pairs]
         length = self.config.data.max_length
-        completions = evaluate.prepare(settings, chosen, tokenizer, padding_id(tokenizer), length)
         logit_chunk = self.config.training.logit_chunk
+        completions = evaluate.prepare(settings, chosen, tokenizer, padding_id(tokenizer), length, logit_chunk)
         self.backbone.model.eval()
         return PreferenceEvaluator(
             completions=completions,
