@@ -352,3 +352,21 @@ def test_the_remark_knows_a_head_that_only_equals_the_embedding_and_a_kept_param
     assert (tmp_path / "back" / "original" / "params.json").is_file()
     again = convert(str(tmp_path / "back"), tmp_path / "again", "meta")
     assert any("--rope-factor 8.0 --max-positions 16384" in line for line in again)
+
+
+@pytest.mark.parametrize("kept_params_file", [False, True])
+def test_token_ids_that_metas_layout_cannot_keep_are_named(tmp_path: Path, kept_params_file: bool) -> None:
+    hf = save_backbone("llama", tmp_path / "hf", bos_token_id=5, eos_token_id=[6, 7])
+    if kept_params_file:
+        convert(str(hf), tmp_path / "first", "meta")
+        (hf / "original").mkdir()
+        (tmp_path / "first" / "params.json").rename(hf / "original" / "params.json")
+    remarks = convert(str(hf), tmp_path / "meta", "meta")
+    (told,) = [line for line in remarks if "place for token ids" in line]
+    assert "bos_token_id = 5 (then 1), eos_token_id = [6, 7] (then 2), pad_token_id = 0 (then None)" in told
+    convert(str(tmp_path / "meta"), tmp_path / "back", "huggingface")
+    for file in ("config.json", "generation_config.json"):
+        back = json.loads((tmp_path / "back" / file).read_text())
+        assert (back["bos_token_id"], back["eos_token_id"], back.get("pad_token_id")) == (1, 2, None)
+    again = convert(str(tmp_path / "back"), tmp_path / "again", "meta")
+    assert not [line for line in again if "place for token ids" in line], "what comes back by itself is kept"

@@ -18,6 +18,8 @@ ROPE_FACTOR = 8.0
 TIED_ROPE_FACTOR = 32.0
 """Llama 3.2's small models, whose heads are tied, stretch four times further; params.json does not say so."""
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class LlamaParams(BaseModel):
     """Unknown keys are refused: those of other models (experts, images, quantisation) change what the weights mean."""
@@ -121,6 +123,14 @@ def needed_options(config: LlamaConfig, params: LlamaParams, *, tied: bool) -> s
     if config.max_position_embeddings != guess.max_position_embeddings:
         options.append(f"--max-positions {config.max_position_embeddings}")
     return " ".join(options)
+
+
+def lost_token_ids(config: LlamaConfig, params: LlamaParams) -> str:
+    """The token ids of this configuration that `--to huggingface` will not make of `params` again, each with what it
+    makes instead; empty: there are none."""
+    guess = config_of(params, config.vocab_size, tied=False, max_positions=None, rope_factor=None)
+    pairs = {name: (getattr(config, name), getattr(guess, name)) for name in TOKEN_IDS}
+    return ", ".join(f"{name} = {own} (then {made})" for name, (own, made) in pairs.items() if own != made)
 
 
 def rope_factor_of(config: LlamaConfig) -> float:

@@ -15,7 +15,14 @@ from polyhead_core.errors import BackboneError
 from polyhead_trainer.convert.from_meta import ORIGINAL
 from polyhead_trainer.convert.llama_layout import LlamaShape, LlamaTensor, llama_tensors, rotary_pairs
 from polyhead_trainer.convert.llama_tokenizer import TOKENIZER_FILE
-from polyhead_trainer.convert.meta_params import PARAMS_FILE, LlamaParams, needed_options, params_of, read_params
+from polyhead_trainer.convert.meta_params import (
+    PARAMS_FILE,
+    LlamaParams,
+    lost_token_ids,
+    needed_options,
+    params_of,
+    read_params,
+)
 from polyhead_trainer.errors import ConversionError
 
 
@@ -43,6 +50,11 @@ def hugging_face_to_meta(source: Path, output: Path, *, num_shards: int = 1) -> 
     if options := needed_options(config, params, tied=_is_tied(reader)):
         remarks.append(
             f"params.json does not say all of config.json: for the way back, give `--to huggingface {options}`"
+        )
+    if lost := lost_token_ids(config, params):
+        remarks.append(
+            f"params.json has no place for token ids: {lost} are not kept; after the way back, set them in config.json "
+            "and generation_config.json"
         )
     (output / PARAMS_FILE).write_text(text, encoding="utf-8")
     if (source / TOKENIZER_FILE).is_file():
