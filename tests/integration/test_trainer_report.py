@@ -148,6 +148,18 @@ def test_the_report_says_what_was_measured(hostile: RunResult) -> None:
     assert [step for step, _ in record.held_out_curve] == [1, 2, 3]
 
 
+def test_virtual_tokens_are_part_of_the_utilisation(tmp_path: Path) -> None:
+    """18 examples in 3 steps, each with 5 tokens in front: 4 FLOPs a weight for each of them, and for every token."""
+    record = run_quietly(configuration(tmp_path, "adapter={method = 'prompt_tuning', num_virtual_tokens = 5}")).record
+    assert record.mfu is not None
+    assert record.peak_flops_per_s is not None
+    layers, head = 3 * 30_720, 64 * 288
+    tokens = sum(step.num_tokens for step in record.curve) + 18 * 5
+    labels = sum(step.num_labels for step in record.curve)
+    seconds = sum(step.seconds for step in record.curve)
+    assert record.mfu * record.peak_flops_per_s * seconds == pytest.approx(4 * (layers * tokens + head * labels))
+
+
 def test_without_general_text_and_answers_the_report_says_so(hostile: RunResult) -> None:
     def without(measures: object) -> object:
         return dataclasses.replace(measures, general_perplexity=None, answers=[])  # type: ignore[type-var]

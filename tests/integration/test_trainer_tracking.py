@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,10 +25,14 @@ from polyhead_trainer.evaluate import Evaluator
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.record import RunRecord
 from polyhead_trainer.run import run
-from polyhead_trainer.tracking import EventFiles
+from polyhead_trainer.tracking import EventFiles, unwinding_at_sigterm
 from polyhead_trainer.tracking.mlflow import MlflowTracker
+from trainer_processes import finish
 
 MEASURED = "training.evaluate_every=2"
+PATTERN = r"layers\.(0|1)\.q_proj"
+PATTERN_NAME = "layers_._0_1__.q_proj"
+"""In MLflow, which takes no regular expressions for names."""
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -224,6 +230,58 @@ def test_mlflows_run_that_takes_no_settings_has_failed(monkeypatch: pytest.Monke
     assert ends == ["FAILED"]
 
 
+def test_settings_have_names_and_values_that_mlflow_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    mlflow = SimpleNamespace(
+        exceptions=SimpleNamespace(MlflowException=OSError),
+        start_run=lambda **options: SimpleNamespace(info=SimpleNamespace(run_id="1")),
+        log_params=told.update,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    settings = {"adapter.rank": "4", f"adapter.{PATTERN}": "2", "title": "x" * 1000, "n" * 1000: "1"}
+    assert MlflowTracker().begin("colours", settings, None) == "1"
+    assert told == {"adapter.rank": "4", f"adapter.{PATTERN_NAME}": "2", "title": "x" * 500, "n" * 250: "1"}
+
+
+class WritesItsEnd(Told):
+    """Stops its run by SIGTERM after the first step, and writes down what it is told then."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def end(self, *, finished: bool) -> None:
+        self.output.with_suffix(".end").write_text("finished" if finished else "failed")
+
+
+def watch_with_one_that_stops_it(output: Path) -> None:
+    module: Any = sys.modules["polyhead_trainer.run"]
+    module.optional_trackers = lambda settings: [WritesItsEnd(output)]
+
+
+def test_trackers_are_told_of_a_failure_by_sigterm(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    status = finish(tmp_path / "run.toml", prepare=watch_with_one_that_stops_it, argument=config.output)
+    assert status == 128 + signal.SIGTERM
+    assert config.output.with_suffix(".end").read_text() == "failed"
+    assert not config.output.exists()
+
+
+def test_sigterm_is_left_to_who_handles_it_already() -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        with unwinding_at_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(SystemExit, match="143"), unwinding_at_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("package", "override", "extra"),
     [
@@ -246,7 +304,8 @@ def test_mlflow_has_one_run_of_an_interrupted_training(tmp_path: Path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     overrides = ("training.max_steps=6", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
-    config = configuration(tmp_path, MEASURED, "tracking.mlflow=true", *overrides)
+    patterns = f"adapter.rank_pattern={{'{PATTERN}' = 2}}"
+    config = configuration(tmp_path, MEASURED, "tracking.mlflow=true", patterns, *overrides)
     interrupt(monkeypatch, config, at_step=5)
     (failed,) = mlflow.search_runs(output_format="list")
     assert failed.info.status == "FAILED"
@@ -255,6 +314,7 @@ def test_mlflow_has_one_run_of_an_interrupted_training(tmp_path: Path, monkeypat
     assert (found.info.run_id, found.info.status) == (failed.info.run_id, "FINISHED")
     assert found.info.run_name == "colours"
     assert found.data.params["adapter.rank"] == "4"
+    assert found.data.params[f"adapter.rank_pattern.{PATTERN_NAME}"] == "2"
     client = mlflow.MlflowClient()
     for name, series in expected(record, number=float).items():
         told = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, name)}
@@ -266,28 +326,49 @@ def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = configuration(tmp_path, MEASURED, "tracking.wandb=true")
-    record = run_quietly(config).record
+    overrides = ("training.max_steps=6", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
+    config = configuration(tmp_path, MEASURED, "tracking.wandb=true", *overrides)
+    interrupt(monkeypatch, config, at_step=5)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    told: Series = {}
-    for row in _wandb_history(file):
-        for name, value in row.items():
-            if not name.startswith("_") and name != "train/tokens_per_s":
-                told.setdefault(name, []).append((row["_step"], value))
-    assert told == expected(record, number=float)
+    failed = _wandb_run(file)
+    assert (failed.name, failed.settings["adapter.rank"], failed.exit_code) == ("colours", "4", 1)
+    assert [step for step, _ in failed.series["train/loss"]] == [1, 2, 3, 4]
+    record = run(config, Console(quiet=True), resume=True).record
+    (other,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - {file}
+    finished = _wandb_run(other)
+    assert (finished.identity, finished.exit_code) == (failed.identity, 0)
+    told = {name: dict(failed.series[name]) | dict(finished.series[name]) for name in failed.series}
+    assert {name: sorted(values.items()) for name, values in told.items()} == expected(record, number=float)
 
 
-def _wandb_history(file: Path) -> list[dict[str, Any]]:
+@dataclasses.dataclass
+class WandbRun:
+    identity: str = ""
+    name: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    series: Series = dataclasses.field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def _wandb_run(file: Path) -> WandbRun:
     from wandb.proto import wandb_internal_pb2
 
-    rows = []
+    found = WandbRun()
     for data in _log_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found.identity, found.name = record.run.run_id, record.run.display_name
+            found.settings = {one.key: json.loads(one.value_json) for one in record.run.config.update}
+        elif kind == "exit":
+            found.exit_code = record.exit.exit_code
+        elif kind == "history":
+            row = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
+            for name, value in row.items():
+                if not name.startswith("_") and name != "train/tokens_per_s":
+                    found.series.setdefault(name, []).append((row["_step"], value))
+    return found
 
 
 def _log_records(data: bytes) -> Iterator[bytes]:

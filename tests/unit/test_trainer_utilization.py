@@ -11,14 +11,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyhead_trainer.loop import StepReport
 from polyhead_trainer.progress import TrainingProgress
-from polyhead_trainer.utilization import Peak, StepFlops, Utilization, count_flops, multiplied_dtypes, peak_of
+from polyhead_trainer.utilization import (
+    Peak,
+    StepFlops,
+    Utilization,
+    count_flops,
+    mean_batch,
+    multiplied_dtypes,
+    peak_of,
+)
 from tiny import TARGETS, reference_model, save_backbone
 
 ROWS, LENGTH, LABELS = 2, 24, 5
@@ -33,13 +49,13 @@ def counted_by_torch(model: nn.Module) -> int:
         logits = model(input_ids=tokens, use_cache=False, logits_to_keep=LABELS).logits
         F.cross_entropy(logits.flatten(0, 1), targets).backward()
     found = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
-    return sum(found.get(f"aten.{name}", 0) for name in ("mm", "addmm"))
+    return sum(found.get(f"aten.{name}", 0) for name in ("mm", "addmm", "bmm"))
 
 
 def ours(model: nn.Module) -> float:
     flops = count_flops(model)
     assert flops is not None
-    return flops.of(report(1, num_tokens=ROWS * LENGTH, num_labels=ROWS * LABELS))
+    return flops.of(report(1, num_tokens=ROWS * LENGTH, num_labels=ROWS * LABELS), num_examples=ROWS)
 
 
 def report(step: int, **changes: Any) -> StepReport:
@@ -78,15 +94,54 @@ def test_an_adapter_needs_less(tmp_path: Path, layers: list[int] | None) -> None
     assert ours(model) < (0.8 if layers is None else 0.55) * ours(whole)
 
 
-def test_what_stands_before_the_prompt_needs_every_input_gradient(tmp_path: Path) -> None:
-    model = get_peft_model(
-        reference_model(save_backbone("llama", tmp_path)),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    )
-    flops = count_flops(model)
-    assert flops is not None
-    linear = sum(module.weight.numel() for module in model.base_model.modules() if isinstance(module, nn.Linear))
-    assert flops.per_token + flops.per_label == 4 * linear
+LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+"""Weights of a tiny Llama layer: queries, keys and values of half as many heads, output, and the gated MLP."""
+HEAD = 64 * 288
+MLP_ENCODER = 64 * 32 + 32 * 32 + 32 * 64
+LSTM_ENCODER = 2 * 4 * 16 * (64 + 16) + 2 * 4 * 16 * (32 + 16) + 32 * 32 + 32 * 64
+"""Two layers in two directions of four gates each, and two linear layers."""
+EVERYWHERE = {"per_token": 4 * 3 * LAYER, "per_label": 4 * HEAD}
+"""Forward and the input's gradient, in all three layers and the head."""
+IN_FRONT: list[tuple[PeftConfig, StepFlops]] = [
+    (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        StepFlops(**EVERYWHERE, per_example=5 * 4 * 3 * LAYER),
+    ),
+    (
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=32),
+        StepFlops(**EVERYWHERE, per_example=5 * 4 * 3 * LAYER, per_step=5 * 6 * MLP_ENCODER),
+    ),
+    (
+        PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=5,
+            encoder_hidden_size=16,
+            encoder_reparameterization_type="LSTM",
+        ),
+        StepFlops(**EVERYWHERE, per_example=5 * 4 * 3 * LAYER, per_step=5 * 6 * LSTM_ENCODER),
+    ),
+    (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5), StepFlops(**EVERYWHERE)),
+    (
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=7, adapter_layers=2),
+        # No gradient reaches the lowest layer; in the others the prompt's keys and values have one.
+        StepFlops(per_token=(2 + 4 + 4) * LAYER, per_label=4 * HEAD, per_step=2 * 7 * 4 * (64 * 32 + 64 * 32)),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), IN_FRONT, ids=["prompts", "p-tuning", "p-tuning-lstm", "prefix", "llama-adapter"]
+)
+def test_virtual_tokens_are_counted_where_they_are(tmp_path: Path, settings: PeftConfig, expected: StepFlops) -> None:
+    assert (LAYER, HEAD, MLP_ENCODER, LSTM_ENCODER) == (30_720, 18_432, 5_120, 19_456)
+    model = get_peft_model(reference_model(save_backbone("llama", tmp_path)), settings)
+    assert count_flops(model) == expected
+
+
+@pytest.mark.parametrize("settings", [IN_FRONT[0][0], IN_FRONT[1][0]], ids=["prompts", "p-tuning"])
+def test_virtual_tokens_in_front_are_what_torch_counts(tmp_path: Path, settings: PeftConfig) -> None:
+    model = get_peft_model(reference_model(save_backbone("llama", tmp_path)), settings).train()
+    assert ours(model) == counted_by_torch(model)
 
 
 @pytest.mark.parametrize("setting", ["num_local_experts", "is_encoder_decoder"])
@@ -99,9 +154,18 @@ def test_where_a_token_meets_a_part_of_the_model_nothing_is_counted(setting: str
 
 def test_the_share_is_flops_by_seconds_by_peak() -> None:
     peak = Peak(flops_per_s=1e6, source="")
-    utilization = Utilization(flops=StepFlops(per_token=1000, per_label=500), peak=peak)
-    assert utilization.share([report(1), report(2, num_tokens=300, seconds=1.5)]) == pytest.approx(0.205)
+    history = [report(1), report(2, num_tokens=300, seconds=1.5)]
+    utilization = Utilization(flops=StepFlops(per_token=1000, per_label=500), peak=peak, examples_per_step=8)
+    assert utilization.share(history) == pytest.approx(0.205)
     assert utilization.share([]) == 0
+    in_front = StepFlops(per_token=1000, per_label=500, per_example=2000, per_step=5000)
+    longer = Utilization(flops=in_front, peak=peak, examples_per_step=7.5)
+    assert longer.share(history) == pytest.approx((410_000 + 2 * (15_000 + 5000)) / 2e6)
+
+
+def test_the_smaller_batch_of_an_epoch_is_part_of_the_mean() -> None:
+    assert (mean_batch(8, 4), mean_batch(3, 16)) == (4, 3)
+    assert mean_batch(10, 4) == (4 + 4 + 2) / 3
 
 
 def test_the_peak_is_measured_where_no_data_sheet_is_known_and_takes_no_random_numbers() -> None:
@@ -127,7 +191,8 @@ def test_the_line_has_speed_utilisation_memory_and_the_time_left() -> None:
     loop: Any = SimpleNamespace(device=CPU)
     peak = Peak(flops_per_s=1e6, source="")
     progress = TrainingProgress(
-        Console(file=stream, width=40), Utilization(flops=StepFlops(per_token=1000, per_label=0), peak=peak)
+        Console(file=stream, width=40),
+        Utilization(flops=StepFlops(per_token=1000, per_label=0), peak=peak, examples_per_step=8),
     )
     with progress:
         for step in (1, 2):

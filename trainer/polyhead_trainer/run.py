@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from torch._C._distributed_c10d import Store
 
+from polyhead_core.backbone import Backbone
 from polyhead_trainer import backbones, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, Stateful, restore
-from polyhead_trainer.config import RunConfig
+from polyhead_trainer.config import AdapterSettings, RunConfig
 from polyhead_trainer.data import ExampleStream
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
@@ -22,7 +24,15 @@ from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.methods import Tuned
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.packing import prepare_packing
-from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, joined, parallelize, without_backward
+from polyhead_trainer.parallel import (
+    Parallel,
+    Ranks,
+    check_possible,
+    gather_trained,
+    joined,
+    parallelize,
+    without_backward,
+)
 from polyhead_trainer.parallel.memory import RankMemoryMeter, peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
@@ -30,9 +40,15 @@ from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, Trainab
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
-from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking, optional_trackers
+from polyhead_trainer.tracking import (
+    EventFiles,
+    RunTracking,
+    check_tracking,
+    optional_trackers,
+    unwinding_at_sigterm,
+)
 from polyhead_trainer.training_data import open_data
-from polyhead_trainer.utilization import Utilization, count_flops, multiplied_dtypes, peak_of
+from polyhead_trainer.utilization import Utilization, count_flops, mean_batch, multiplied_dtypes, peak_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +117,8 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
 
     run = _prepare(config, console, ranks)
     report.print_plan(console, run.config, run.facts, run.data, run.trainable, run.loop.num_steps)
-    with run.tracking.failing_with():
+    # One of several ranks may be waiting for the others when the signal comes, and would go on waiting.
+    with unwinding_at_sigterm() if ranks.size == 1 else nullcontext(), run.tracking.failing_with():
         return _train_and_publish(run, checkpoints, console, ranks, overwrite, started)
 
 
@@ -157,9 +174,6 @@ def _prepare(config: RunConfig, console: Console, ranks: Ranks) -> _Prepared:
     tuned = methods.tune(task.backbone, config.adapter, config.training.seed)
     trainable = TrainableFacts.of(tuned.model, facts, num_untouched)
     parallel = parallelize(tuned.model, config.parallel, ranks)
-    dtype = getattr(torch, config.parallel.param_dtype) if config.parallel.param_dtype else backbone.dtype
-    dtypes = multiplied_dtypes(dtype, backbone.quantization)
-    flops = count_flops(tuned.model) if config.task != "preference" else None  # each pair meets the backbone as well
     if config.training.packing:
         prepare_packing(tuned.model, data.sample(), padding_id(backbone.tokenizer))
     watch = HeldOutWatch(evaluator, config.training, lambda line: report.say(console, line))
@@ -173,9 +187,25 @@ def _prepare(config: RunConfig, console: Console, ranks: Ranks) -> _Prepared:
         tuned=tuned,
         loop=TrainingLoop(tuned, task.objective(tuned), data.examples, config.training, parallel),
         evaluator=evaluator,
-        utilization=Utilization(flops=flops, peak=peak_of(parallel.device, dtypes, ranks.size)) if flops else None,
+        utilization=_utilization(config, backbone, parallel, tuned, len(data.examples)),
         watch=watch,
         tracking=RunTracking(trackers, watch),
+    )
+
+
+def _utilization(
+    config: RunConfig, backbone: Backbone, parallel: Parallel, tuned: Tuned, num_examples: int
+) -> Utilization | None:
+    # Each pair of preferences meets the backbone as well.
+    flops = count_flops(tuned.model) if config.task != "preference" else None
+    if flops is None:
+        return None
+    dtype = getattr(torch, config.parallel.param_dtype) if config.parallel.param_dtype else backbone.dtype
+    dtypes = multiplied_dtypes(dtype, backbone.quantization)
+    return Utilization(
+        flops=flops,
+        peak=peak_of(parallel.device, dtypes, parallel.ranks.size),
+        examples_per_step=mean_batch(num_examples, config.training.batch_size),
     )
 
 
@@ -201,7 +231,8 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         report.say(console, f"continuing {latest} after step {saved.step}")
     else:
         console.print("measuring the backbone on the held-out examples")
-        saved = SavedRun(identity=identity, before=_measure_before(run), hooks={})
+        before = measure_before(run.evaluator, tuned, config.adapter)
+        saved = SavedRun(identity=identity, before=before, hooks={})
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
     last_good = LastGood(num_ranks=ranks.size)
@@ -234,15 +265,14 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     )
 
 
-def _measure_before(run: _Prepared) -> Measures:
+def measure_before(evaluator: Evaluator, tuned: Tuned, settings: AdapterSettings) -> Measures:
     """Of the backbone; but what is known of earlier tasks is what the run starts with, an adapter of theirs perhaps."""
-    model = run.tuned.model
-    with without_backward(model):
-        with run.tuned.baseline():
-            before = run.evaluator.measure(model)
-        if getattr(run.config.adapter, "warm_start", None) is None:
+    with without_backward(tuned.model):
+        with tuned.baseline():
+            before = evaluator.measure(tuned.model)
+        if getattr(settings, "warm_start", None) is None:
             return before
-        return replace(before, earlier_loss=run.evaluator.earlier_loss(model))
+        return replace(before, earlier_loss=evaluator.earlier_loss(tuned.model))
 
 
 def _publish(run: _Prepared, record: RunRecord, checkpoints: CheckpointDirectory, ranks: Ranks, overwrite: bool) -> str:

@@ -5,12 +5,18 @@ for its weight's. With all weights trained that is the known 6 N. An adapter's r
 weight gradients of what is frozen, and no input gradients before the first module that is trained. The LM head is
 counted for label tokens alone, which are the only ones that it is computed for.
 
+Virtual tokens are counted where a method puts them. Prompt tuning and P-tuning lengthen every example by them, and
+P-tuning's encoder reads nothing else. A prefix is keys and values as it is; LLaMA-Adapter's prompts become keys and
+values by the layers' own projections. What depends on no example is needed once a step.
+
 Not counted: attention's own products (so that of long texts MFU comes out a little low), norms, activations, and work
-that is done twice to save memory (activation checkpointing).
+that is done twice to save memory (activation checkpointing) or because peft cannot look inside of a layer (with
+LLaMA-Adapter, queries and output projection).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +24,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,6 +46,8 @@ DATA_SHEET_FLOPS = {
 """Dense bfloat16 FLOP/s of NVIDIA's data sheets, for device names that hold the key; the first match counts."""
 MATMUL_WIDTH = {"cpu": 768, "cuda": 4096}
 MATMUL_REPEATS = 4
+LENGTHENING = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+"""Methods whose virtual tokens go through all layers."""
 EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -45,9 +55,14 @@ EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts")
 class StepFlops:
     per_token: int
     per_label: int
+    per_example: int = 0
+    """Of the virtual tokens in front of each."""
+    per_step: int = 0
+    """Of what virtual tokens alone go through."""
 
-    def of(self, report: StepReport) -> float:
-        return self.per_token * report.num_tokens + self.per_label * report.num_labels
+    def of(self, report: StepReport, num_examples: float) -> float:
+        each = self.per_token * report.num_tokens + self.per_label * report.num_labels
+        return each + self.per_example * num_examples + self.per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +77,19 @@ class Utilization:
     flops: StepFlops
     peak: Peak
     """Of all ranks together."""
+    examples_per_step: float
+    """On average."""
 
     def share(self, history: Sequence[StepReport]) -> float:
         """MFU of these steps: 1 is all that the devices could do."""
         seconds = sum(report.seconds for report in history)
-        return sum(map(self.flops.of, history)) / seconds / self.peak.flops_per_s if seconds else 0.0
+        flops = sum(self.flops.of(report, self.examples_per_step) for report in history)
+        return flops / seconds / self.peak.flops_per_s if seconds else 0.0
+
+
+def mean_batch(num_examples: int, batch_size: int) -> float:
+    """Examples of a step, on average over an epoch: one of its batches may be smaller."""
+    return num_examples / math.ceil(num_examples / batch_size)
 
 
 def count_flops(model: nn.Module) -> StepFlops | None:
@@ -75,27 +98,56 @@ def count_flops(model: nn.Module) -> StepFlops | None:
     config: Any = getattr(model, "config", None)
     if any(getattr(config, name, None) for name in (*EXPERT_SETTINGS, "is_encoder_decoder")):
         return None
-    # What peft learns in front of the prompt is not in the tree, and comes before all of it.
-    reached = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    in_front = _in_front(model)
+    reached = in_front is not None  # what stands before the prompt comes before all of the backbone
     head = _head_path(model)
-    per_token = per_label = 0
+    per_token = per_label = per_step = 0
     for path, module in model.named_modules():
         trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        if isinstance(module, nn.Linear | Conv1D):
-            factor = 2 + 2 * reached + 2 * module.weight.requires_grad
-            flops = factor * _num_weights(module)
-            if head is not None and (path == head or path.startswith(f"{head}.")):
+        if isinstance(module, nn.Linear | Conv1D | nn.LSTM):
+            flops = (2 + 2 * reached + 2 * _learns(module)) * _num_weights(module)
+            if path.startswith("prompt_encoder."):
+                per_step += in_front.num_virtual_tokens * flops
+            elif head is not None and (path == head or path.startswith(f"{head}.")):
                 per_label += flops
             else:
                 per_token += flops
         reached = reached or trained
-    return StepFlops(per_token=per_token, per_label=per_label)
+    lengthens = in_front is not None and in_front.peft_type in LENGTHENING
+    return StepFlops(
+        per_token=per_token,
+        per_label=per_label,
+        per_example=in_front.num_virtual_tokens * per_token if lengthens else 0,
+        per_step=per_step + sum(_prompt_flops(module) for module in model.modules()),
+    )
 
 
-def _num_weights(module: nn.Linear | Conv1D) -> int:
+def _in_front(model: nn.Module) -> Any:
+    """peft's settings of what a method learns in front of the prompt; None: it learns elsewhere."""
+    settings: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    return settings if settings is not None and settings.is_prompt_learning else None
+
+
+def _prompt_flops(module: nn.Module) -> int:
+    """Of LLaMA-Adapter's prompt on its way to keys and values, and of its gradient on the way back."""
+    if not isinstance(module, AdaptedAttention | AdaptedAttentionGPT):
+        return 0
+    names = TRANSFORMERS_MODEL_CONFIG[module.model_type]
+    layers = {getattr(module.model, name) for name in (names.k_proj_layer, names.v_proj_layer) if name is not None}
+    return 4 * module.adapter_len * sum(map(_num_weights, layers))
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether its weights do: a bias takes no product."""
+    return any(one.requires_grad for name, one in module.named_parameters(recurse=False) if name.startswith("weight"))
+
+
+def _num_weights(module: nn.Linear | Conv1D | nn.LSTM) -> int:
     """From the widths: the weight itself may be packed, or in shards."""
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features
+    if isinstance(module, nn.LSTM):
+        return sum(weight.numel() for weights in module.all_weights for weight in weights if weight.ndim == 2)
     return int(module.nx) * int(module.nf)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -19,7 +19,6 @@ from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
 from polyhead_trainer.divergence import LastGood, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
-from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
@@ -28,7 +27,7 @@ from polyhead_trainer.parallel.memory import peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters, read_record
-from polyhead_trainer.run import RunResult
+from polyhead_trainer.run import RunResult, measure_before
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpointer, restore_together
@@ -195,10 +194,12 @@ def _train(
         report.say(console, f"continuing {latest} after round {saved.round}")
     else:
         console.print("measuring the backbone on the held-out examples of each")
-        before = {
-            adapter.name: SavedRun(identity=identities[adapter.name], before=_measure_before(adapter, shared), hooks={})
-            for adapter in adapters
-        }
+        before = {}
+        for adapter in adapters:
+            member: Member = adapter.course.member
+            with shared.only(member):
+                measures = measure_before(adapter.evaluator, member.tuned, adapter.config.adapter)
+            before[adapter.name] = SavedRun(identity=identities[adapter.name], before=measures, hooks={})
         saved = SavedTogether(round=0, adapters=before, failures={}, energy={})
     for adapter in adapters:
         own = adapter.saved = saved.adapters[adapter.name]
@@ -212,15 +213,6 @@ def _train(
         checkpointer.wait()
     finally:
         checkpointer.close()
-
-
-def _measure_before(adapter: _Adapter, shared: SharedBackbone) -> Measures:
-    """As in a run of its own: of the backbone, but for earlier tasks of what the adapter starts from."""
-    before, settings = adapter.evaluator.measure(shared.backbone.model), adapter.config.adapter
-    if not isinstance(settings, LoraSettings) or settings.warm_start is None:
-        return before
-    with shared.only(adapter.course.member):
-        return replace(before, earlier_loss=adapter.evaluator.earlier_loss(adapter.course.member.tuned.model))
 
 
 @dataclass(frozen=True)

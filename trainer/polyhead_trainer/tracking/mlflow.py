@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,11 @@ from polyhead_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+MAX_NAME_CHARACTERS = 250
 MAX_VALUE_CHARACTERS = 500
 """Of a setting: what every MLflow store takes."""
+_NOT_IN_NAMES = re.compile(r"[^\w.\- :/]")
+"""What they refuse, and a setting's name has where it is a pattern (adapter.rank_pattern)."""
 
 
 class MlflowTracker:
@@ -30,13 +34,14 @@ class MlflowTracker:
             run = self._mlflow.start_run(run_id=identity, run_name=None if identity else run_name)
             self._is_open = True
             if identity is None:
-                self._mlflow.log_params({name: value[:MAX_VALUE_CHARACTERS] for name, value in settings.items()})
+                self._mlflow.log_params(_accepted(settings))
         except self._mlflow.exceptions.MlflowException as error:
             if self._is_open:  # or MLflow itself would call it finished when the process ends
                 self.end(finished=False)
             raise ConfigError(
                 f"tracking.mlflow = true: no run can be opened at {self._mlflow.get_tracking_uri()}: {error}; set "
-                "MLFLOW_TRACKING_URI, or leave tracking.mlflow out"
+                "MLFLOW_TRACKING_URI to a server's address, or pip install mlflow, which unlike mlflow-skinny has a "
+                "database of its own, or leave tracking.mlflow out"
             ) from error
         return str(run.info.run_id)
 
@@ -57,3 +62,10 @@ class MlflowTracker:
             self._mlflow.end_run("FINISHED" if finished else "FAILED")
         except self._mlflow.exceptions.MlflowException as error:
             logger.warning("MLflow was not told that the run has ended: %s", error)
+
+
+def _accepted(settings: Mapping[str, str]) -> dict[str, str]:
+    return {
+        _NOT_IN_NAMES.sub("_", name)[:MAX_NAME_CHARACTERS]: value[:MAX_VALUE_CHARACTERS]
+        for name, value in settings.items()
+    }

@@ -87,7 +87,7 @@ class RunTracking:
 
     @contextmanager
     def failing_with(self) -> Iterator[None]:
-        """The trackers' runs that are still open have failed where what is inside does, Control-C included."""
+        """The trackers' runs that are still open have failed where what is inside does, by Control-C or SIGTERM too."""
         try:
             yield
         except BaseException:
