@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -109,8 +110,9 @@ def test_ranks_compute_what_one_process_does(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks"]
 
 
-def test_computing_in_bfloat16_keeps_float32_masters(tmp_path: Path, alone: dict[str, Path]) -> None:
-    file = alone["full-float32"]
+@pytest.mark.parametrize("kind", ["full-float32", "lora-float32"])
+def test_computing_in_bfloat16_keeps_float32_masters(tmp_path: Path, alone: dict[str, Path], kind: str) -> None:
+    file = alone[kind]
     output = tmp_path / "mixed"
     dtypes = ["parallel.param_dtype=bfloat16", "parallel.reduce_dtype=float32", "parallel.output_dtype=float32"]
     launch(load_config(file, [f"output={output}", *dtypes]), 2, overwrite=False, resume=False)
@@ -118,7 +120,8 @@ def test_computing_in_bfloat16_keeps_float32_masters(tmp_path: Path, alone: dict
     losses = [[step["loss"] for step in found["curve"]] for found in (one, mixed)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != pytest.approx(losses[0], rel=1e-4), "nothing was computed in bfloat16"
-    assert mixed["rank_bytes"]["held"]["parameters"] == pytest.approx(one["backbone"]["num_bytes"] / 2, rel=0.02)
+    held = one["backbone"]["num_bytes"] + (0 if kind.startswith("full") else one["trainable"]["trainable_bytes"])
+    assert mixed["rank_bytes"]["held"]["parameters"] == pytest.approx(held / 2, rel=0.02)
 
 
 def command(file: Path, *options: str) -> list[str]:
@@ -167,6 +170,30 @@ def kill_a_rank_of_launch(step: int, file: Path, nproc: int) -> RankFailed:
     return told.value
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path, how: signal.Signals) -> None:
+    file = write_run(tmp_path, quantization="none", steps=100_000)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A session of its own, so that nobody else gets the signal.
+    process = subprocess.Popen(
+        command(file, "--nproc", "2"), stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    checkpoints = CheckpointDirectory(tmp_path / "adapters/colours")
+    deadline = time.monotonic() + 100
+    while not checkpoints.steps():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in family if child.ppid() != process.pid]) == 2
+    process.send_signal(how)
+    process.wait(30)
+    _, left = psutil.wait_procs(family, timeout=30)
+    for one in left:
+        one.kill()
+    assert not left
+
+
 def whole_and_killed(tmp_path: Path, steps: int) -> list[Path]:
     files = [
         write_run(tmp_path / name, method="full", quantization="none", steps=steps, dropout=0.0)
@@ -210,7 +237,6 @@ def test_as_many_ranks_go_on_bit_for_bit_with_dropout(tmp_path: Path) -> None:
     assert curve(killed) == curve(whole)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_one_process_goes_on_where_four_stopped(tmp_path: Path) -> None:
     whole, killed = whole_and_killed(tmp_path, 40)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from polyhead_core.adapter_directory import stamp_backbone
+from polyhead_core.errors import AdapterMismatch, PolyheadError
 from polyhead_trainer.convert.run import convert
 from polyhead_trainer.errors import MergeRefused, OutputExists
 from polyhead_trainer.merge import merge
@@ -71,8 +72,8 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     backbone = save_backbone("llama", tmp_path / "backbone")
     adapter = save_adapter(backbone, tmp_path / "adapter", seed=3, r=4, target_modules=["q_proj"])
 
-    def refused(message: str, source: Path = backbone) -> None:
-        with pytest.raises(MergeRefused, match=message):
+    def refused(message: str, source: Path = backbone, error: type[PolyheadError] = MergeRefused) -> None:
+        with pytest.raises(error, match=message):
             merge(adapter, tmp_path / "merged", backbone=str(source), cache_dir=tmp_path / "cache")
         assert not (tmp_path / "merged").exists()
 
@@ -80,7 +81,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     refused("is in int8: its steps are larger", tmp_path / "int8")
     refused("peft cannot put", save_backbone("llama", tmp_path / "wide", hidden_size=128))
     stamp_backbone(adapter, fingerprint="0" * 64, quantization="int8")
-    refused("was trained on the backbone with fingerprint 0000")
+    refused("was trained on the backbone with fingerprint 0000", error=AdapterMismatch)
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors.pop(min(tensors))
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})

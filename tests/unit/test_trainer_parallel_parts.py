@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +22,13 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_trainer import backbones, methods
 from polyhead_trainer.config import BackboneSection, FullSettings, LoraSettings, ParallelSection, load_config
+from polyhead_trainer.errors import RankFailed
 from polyhead_trainer.estimate import estimate
 from polyhead_trainer.methods import trained_parameters
 from polyhead_trainer.out_of_memory import _peak
-from polyhead_trainer.parallel import Ranks, check_possible, gather_trained, micro_batches, without_backward
+from polyhead_trainer.parallel import Parallel, Ranks, check_possible, gather_trained, micro_batches, without_backward
 from polyhead_trainer.parallel.apply import NOT_ON_SHARDS, _shard, layer_class
-from polyhead_trainer.parallel.launch import FIRST_ERROR, _report, _reported, errors_by_reason
+from polyhead_trainer.parallel.launch import FIRST_ERROR, _raise_for_killed, _report, _reported, errors_by_reason
 from tiny import CONFIGS, save_backbone
 from trainer_processes import write_run
 
@@ -123,6 +128,51 @@ def test_parameters_are_shards_again_after_passes_without_a_backward(tmp_path: P
         assert all(isinstance(parameter, DTensor) for parameter in trained_parameters(model).values())
 
 
+@pytest.mark.usefixtures("group_of_one")
+def test_an_adapter_outside_of_layers_is_trained_after_passes_without_it(tmp_path: Path) -> None:
+    """peft freezes what it switches off, which between two gatherings is another tensor than what it thaws."""
+    directory = save_backbone("llama", tmp_path / "model")
+    backbone = load_backbone(str(directory), quantization="none", cache_dir=tmp_path / "cache")
+    tuned = methods.tune(backbone, LoraSettings(rank=4, target_modules=["lm_head", "q_proj"]), seed=0)
+    parallel = Parallel(Ranks(), tuned.model)
+    _shard(tuned.model, ParallelSection(), Ranks())
+    trained = trained_parameters(tuned.model)
+    assert any("lm_head" in name for name in trained)
+    ids = torch.arange(4, 40)[None]
+    with without_backward(tuned.model), tuned.baseline():
+        tuned.model(input_ids=ids)
+    assert trained_parameters(tuned.model) == trained
+    # A preference's reference is computed in the same micro-batch.
+    with parallel.accumulating(last=True):
+        with torch.no_grad(), tuned.baseline():
+            tuned.model(input_ids=ids)
+        tuned.model(input_ids=ids).logits.sum().backward()
+    assert trained_parameters(tuned.model) == trained
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("param_dtype", "reduce_dtype"), [("bfloat16", None), ("bfloat16", "float32"), (None, "bfloat16"), (None, None)]
+)
+def test_adapters_are_summed_in_the_type_that_is_set_and_kept_in_float32(
+    tmp_path: Path, param_dtype: str | None, reduce_dtype: str | None
+) -> None:
+    """Though the first pass of a run is one of the backbone, in which no adapter is trained."""
+    directory = save_backbone("llama", tmp_path / "model")
+    backbone = load_backbone(str(directory), quantization="none", cache_dir=tmp_path / "cache")
+    tuned = methods.tune(backbone, LoraSettings(rank=4), seed=0)
+    _shard(tuned.model, ParallelSection(param_dtype=param_dtype, reduce_dtype=reduce_dtype), Ranks())
+    ids = torch.arange(4, 40)[None]
+    with without_backward(tuned.model), tuned.baseline():
+        tuned.model(input_ids=ids)
+    tuned.model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+    gradients = [parameter.grad.to_local() for parameter in trained_parameters(tuned.model).values()]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    is_coarse = all(torch.equal(gradient.bfloat16().float(), gradient) for gradient in gradients)
+    assert is_coarse == ("bfloat16" in (param_dtype, reduce_dtype))
+
+
 def test_the_first_error_of_the_ranks_is_raised_where_they_were_started_whatever_its_kind() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for kind in errors_by_reason().values():
@@ -132,6 +182,26 @@ def test_the_first_error_of_the_ranks_is_raised_where_they_were_started_whatever
         found = _reported(store)
         assert (type(found), found.message) == (kind, first.message)
         store.delete_key(FIRST_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "first", "told"),
+    [
+        ((-signal.SIGABRT, -signal.SIGKILL), 0, r"rank 1 of 2 was killed by SIGKILL \(the system does so when memory"),
+        ((1, -signal.SIGSEGV, -signal.SIGTERM), 1, "rank 1 of 3 was killed by SIGSEGV; all ranks"),
+        ((1, -signal.SIGSEGV, -signal.SIGTERM), 0, "rank 1 of 3 was killed by SIGSEGV; all ranks"),
+        ((-signal.SIGTERM, 1), 0, "rank 0 of 2 was killed by SIGTERM; all ranks"),
+        ((-signal.SIGTERM, 1), 1, None),
+        ((0, None, 1), 2, None),
+    ],
+)
+def test_of_ranks_that_ended_the_one_that_was_killed_is_named(
+    tmp_path: Path, exit_codes: tuple[int | None, ...], first: int, told: str | None
+) -> None:
+    config = load_config(write_run(tmp_path))
+    processes: list[Any] = [SimpleNamespace(exitcode=code) for code in exit_codes]
+    with nullcontext() if told is None else pytest.raises(RankFailed, match=told):
+        _raise_for_killed(processes, first, config)
 
 
 @pytest.mark.parametrize("optimizer", NOT_ON_SHARDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
 )
 
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
+from polyhead_core.backbone.typed_copy import typed_directory
 from polyhead_core.errors import AdapterMismatch, BackboneError, ConfigError
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.config import BackboneSection
@@ -60,13 +63,13 @@ def compute_dtype(settings: BackboneSection) -> torch.dtype:
 
 
 def load(settings: BackboneSection, *, shared: bool = False) -> Backbone:
-    """`shared`: by several processes of a host, as load_backbone has it; encoder-decoders and bitsandbytes' types are
-    each process's own all the same. Raises BackboneError, ConfigError."""
+    """`shared`: by several processes of a host, as load_backbone has it; bitsandbytes' types are each process's own all
+    the same. Raises BackboneError, ConfigError."""
     check_device(settings.device)
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
     if settings.quantization in BY_BITSANDBYTES or is_encoder_decoder(directory):
-        return _load_by_transformers(settings, directory)
+        return _load_by_transformers(settings, directory, shared=shared)
     return load_backbone(
         settings.source,
         quantization=settings.quantization,
@@ -121,7 +124,7 @@ def check_trained_on(backbone: Backbone, directory: Path, named: str | None) -> 
     if named not in (None, backbone.fingerprint):
         raise AdapterMismatch(
             f"{directory} was trained on the backbone with fingerprint {named}, "
-            f"{backbone.source!r} has {backbone.fingerprint}: name the right one in backbone.source"
+            f"{backbone.source!r} has {backbone.fingerprint}: name the right backbone (backbone.source, --backbone)"
         )
 
 
@@ -137,24 +140,42 @@ def quantization_config(name: str, compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load_by_transformers(settings: BackboneSection, directory: Path) -> Backbone:
-    """LLM.int8 and NF4, and encoder-decoders, which the server's own loading and int8 do not know."""
+def _load_by_transformers(settings: BackboneSection, directory: Path, *, shared: bool) -> Backbone:
+    """LLM.int8 and NF4, and encoder-decoders, which the server's own loading and int8 do not know.
+
+    transformers makes the model on the meta device and puts the file's own pages in, unless they have to change their
+    type; it knows which of an architecture's tensors are one and the same.
+    """
     # It warns in every product that it computes in float16, which is how LLM.int8 is defined.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     device = torch.device(settings.device)
     dtype = compute_dtype(settings)
+    cache = settings.cache_dir or default_cache_dir()
+    identity = fingerprint(directory, cache)
     loader = AutoModelForSeq2SeqLM if is_encoder_decoder(directory) else AutoModelForCausalLM
+    weights = directory
     more: dict[str, Any] = {}
     if settings.quantization in BY_BITSANDBYTES:
         more["quantization_config"] = quantization_config(settings.quantization, dtype)
-    model = loader.from_pretrained(directory, dtype=dtype, device_map={"": device}, **more)
+    elif shared:
+        weights = typed_directory(directory, identity, dtype, cache)
+        # A cached copy holds weights alone.
+        more = {"config": AutoConfig.from_pretrained(directory), "generation_config": _generation_config(directory)}
+    model = loader.from_pretrained(weights, dtype=dtype, device_map={"": device}, **more)
     return Backbone(
         model=model.eval().requires_grad_(False),
         tokenizer=AutoTokenizer.from_pretrained(directory),
         source=settings.source,
         directory=directory,
-        fingerprint=fingerprint(directory, settings.cache_dir or default_cache_dir()),
+        fingerprint=identity,
         quantization=settings.quantization,
         dtype=dtype,
         device=device,
     )
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    """Of a file of its own, or of the model's configuration, where older models have it."""
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))

@@ -41,7 +41,7 @@ class HeldOutWatch:
         model = loop.tuned.model
         model.eval()
         with without_backward(model):
-            loss = self.evaluator.held_out_loss(model)
+            loss = loop.ranks.from_main(self.evaluator.held_out_loss(model))  # one decision for all
         model.train()
         self.losses.append((report.step, loss))
         if loss < self.best_loss:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -49,6 +49,12 @@ class Hook(Protocol):
         """Called after every optimizer step; may call `loop.stop`."""
 
 
+@runtime_checkable
+class DivergenceHook(Hook, Protocol):
+    def after_divergence(self, loop: TrainingLoop) -> None:
+        """Called on all ranks where a step has diverged, before TrainingDiverged is raised."""
+
+
 class TrainingLoop:
     """Owns the optimizer and the position in the data; what else a run does at its steps is done by hooks."""
 
@@ -77,6 +83,10 @@ class TrainingLoop:
     def device(self) -> torch.device:
         return self._parallel.device
 
+    @property
+    def ranks(self) -> Ranks:
+        return self._parallel.ranks
+
     def stop(self, reason: str) -> None:
         """Ends the run after the current step; before the first one, without any."""
         self.stopped_because = reason
@@ -95,7 +105,13 @@ class TrainingLoop:
     def _run(self, hooks: Sequence[Hook]) -> None:
         plan = self.plan()
         while self.stopped_because is None and (chosen := next(plan, None)) is not None:
-            report = self._step(chosen)
+            try:
+                report = self._step(chosen)
+            except TrainingDiverged:
+                for hook in hooks:
+                    if isinstance(hook, DivergenceHook):
+                        hook.after_divergence(self)
+                raise
             for hook in hooks:
                 hook.after_step(self, report)
 

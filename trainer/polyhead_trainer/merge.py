@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from polyhead_core.adapter_directory import AdapterDirectory, read_adapter_directory
-from polyhead_core.backbone import Backbone, load_backbone, resolve_source
+from polyhead_core.backbone import load_backbone, resolve_source
 from polyhead_core.backbone.load import is_int8_checkpoint
-from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
 from polyhead_trainer.errors import MergeRefused
 from polyhead_trainer.record import read_record
 from polyhead_trainer.staging import new_directory
@@ -39,9 +39,10 @@ def merge(
     dtype: Literal["float32", "bfloat16"] = "float32",
     cache_dir: Path | None = None,
 ) -> Merged:
-    """Merges in float32, then writes in `dtype`. Raises MergeRefused, BackboneError, AdapterRejected, OutputExists.
+    """Merges in float32, then writes in `dtype`.
 
-    `backbone` is its source; unset, the one that the adapter names.
+    `backbone` is its source; unset, the one that the adapter names. Raises MergeRefused, BackboneError, AdapterRejected
+    and its kin, OutputExists.
     """
     files = read_adapter_directory(adapter.resolve())
     if files.config.get("peft_type") not in MERGEABLE:
@@ -58,7 +59,7 @@ def merge(
     _refuse_int8(source, cache_dir)
     with new_directory(output) as staging:
         loaded = load_backbone(source, quantization="none", dtype="float32", cache_dir=cache_dir)
-        _check_fingerprint(adapter, files, loaded)
+        check_trained_on(loaded, adapter, files.backbone_fingerprint)
         _untie(loaded.model, files)
         model = _merged(loaded.model, adapter, files)
         nn.Module.to(model, dtype=getattr(torch, dtype))
@@ -85,14 +86,6 @@ def _refuse_int8(source: str, cache_dir: Path | None) -> None:
         raise MergeRefused(
             f"backbone {source!r} is in int8: its steps are larger than most of an adapter's update, which rounding "
             "would take away again; merge into the float weights (--backbone), and convert the result to int8"
-        )
-
-
-def _check_fingerprint(adapter: Path, files: AdapterDirectory, backbone: Backbone) -> None:
-    if files.backbone_fingerprint not in (None, backbone.fingerprint):
-        raise MergeRefused(
-            f"{adapter} was trained on the backbone with fingerprint {files.backbone_fingerprint}, {backbone.source!r} "
-            f"has {backbone.fingerprint}: name the right one with --backbone"
         )
 
 

@@ -122,8 +122,8 @@ class TrainingSection(Section):
     """torch.compile on each transformer layer: the first steps take a minute or two longer, the others can take less
     time, with weights in floating point. Results differ by rounding."""
     logit_chunk: Count = 2**25
-    """Most logits (label tokens times vocabulary) held at once; beyond, the loss is computed in chunks of label tokens.
-    0: never in chunks."""
+    """Most logits (label tokens times vocabulary) held at once; beyond, losses and measures are computed in chunks of
+    label tokens. 0: never in chunks."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings while training (NEFTune, Jain et al. 2023; 5 there), the smaller the longer a padded row,
     or a packed example, is; 0: none."""
@@ -203,7 +203,8 @@ class ParallelSection(Section):
     """`fsdp`: parameters (frozen ones too), gradients and optimizer states in shards, one on each rank; `ddp`: all of
     them whole on every rank."""
     wrap: str | None = None
-    """fsdp: class of the layers that are gathered one at a time; unset: the class of the largest stack of layers."""
+    """fsdp: class of the layers that are gathered one at a time; unset: the classes of the model's stacks
+    of layers."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """fsdp: type in which parameters are gathered and computed with; unset: their own. int8 stays int8."""
     reduce_dtype: Literal["float32", "bfloat16"] | None = None

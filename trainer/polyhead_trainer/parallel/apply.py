@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_trainer.backbones import BY_BITSANDBYTES
 from polyhead_trainer.config import ParallelSection, RunConfig
+from polyhead_trainer.decoder_layers import transformer_layers
 from polyhead_trainer.parallel.ranks import Ranks
 
 NOT_ON_SHARDS = {
@@ -58,11 +59,14 @@ class Parallel:
     def device(self) -> torch.device:
         return self.ranks.device if self.ranks.size > 1 else next(self.model.parameters()).device
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
         """Around a micro-batch: with DDP, gradients meet those of the other ranks in the last one of a step."""
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
+        waiting = (
+            self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
+        )
+        with waiting, _keeping_what_is_trained(self.model):
+            yield
 
 
 def check_possible(config: RunConfig, ranks: Ranks) -> None:
@@ -108,7 +112,7 @@ def _shard(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> None:
     Frozen weights are sharded like trained ones, int8 in int8. Buffers are not parameters: an Int8Linear's scales and
     outlier columns are replicated, about 1 % of its weight.
     """
-    layers = layer_class(model, settings.wrap)
+    layers = layers_to_shard(model, settings.wrap)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=_dtype(settings.param_dtype), reduce_dtype=_dtype(settings.reduce_dtype))
     offload = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
@@ -117,14 +121,24 @@ def _shard(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> None:
             # A packed copy of every layer would be the whole model again, and outlive the gathered weight it is of.
             module.keeps_packed = False
             module.forget_packed()
-    for module in list(model.modules()):
-        if type(module) is layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     outermost = dataclasses.replace(policy, output_dtype=_dtype(settings.output_dtype))
     fully_shard(model, mesh=mesh, mp_policy=outermost, offload_policy=offload)
     if hasattr(model, "generate"):
         # peft's generate goes past the root's own forward, whose hooks gather the embedding and the head.
         register_fsdp_forward_method(model, "generate")
+    # FSDP takes the types to sum and to keep gradients in from what is trained at its first forward pass: in a run that
+    # is one of the backbone alone, whose adapter peft has frozen by then.
+    cast(FSDPModule, model)._get_fsdp_state()._lazy_init()
+
+
+def layers_to_shard(model: nn.Module, wrap: str | None = None) -> list[nn.Module]:
+    """Those of `layer_class`; an encoder-decoder's two stacks, where their classes differ, both. Raises ConfigError."""
+    classes = {layer_class(model, wrap)}
+    if wrap is None:
+        classes.update(map(type, transformer_layers(model)))
+    return [module for module in model.modules() if type(module) in classes]
 
 
 def layer_class(model: nn.Module, wrap: str | None = None) -> type[nn.Module]:
@@ -154,9 +168,24 @@ def without_backward(model: nn.Module) -> Iterator[None]:
     FSDP leaves what is outside of layers gathered until a backward pass. Who asks the model for parameters before that
     gets whole copies, which no optimizer steps on and which the next sharding throws away.
     """
-    with torch.no_grad():
-        yield
-    reshard(model)
+    with _keeping_what_is_trained(model):
+        with torch.no_grad():
+            yield
+        reshard(model)
+
+
+@contextmanager
+def _keeping_what_is_trained(model: nn.Module) -> Iterator[None]:
+    """Around passes in which an adapter is switched off and on again. The model is in shards before and after them.
+
+    peft freezes what it switches off, and thaws it after. Of what is gathered meanwhile, the shard is frozen and the
+    whole copy is thawed, which is thrown away: the shard would be left out of training, checkpoints and output.
+    """
+    flags = [(one, one.requires_grad) for one in model.parameters()] if isinstance(model, FSDPModule) else []
+    yield
+    for parameter, is_trained in flags:
+        if parameter.requires_grad != is_trained:
+            parameter.requires_grad_(is_trained)
 
 
 def reshard(model: nn.Module) -> None:

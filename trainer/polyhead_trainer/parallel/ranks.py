@@ -39,6 +39,10 @@ class Ranks:
         """This rank's part: every `size`-th, so that neighbours (of like length, in a batch) go to different ranks."""
         return list(items[self.rank :: self.size])
 
+    def rank_of(self, index: int) -> int:
+        """In whose share the item at `index` is."""
+        return index % self.size
+
     def sum(self, value: float) -> float:
         if self.size == 1:
             return value

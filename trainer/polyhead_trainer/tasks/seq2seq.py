@@ -70,7 +70,12 @@ class Seq2SeqObjective:
         if rows is not None:
             return chunked_seq2seq_loss_sum(model, batch, rows)
         # The model shifts the labels to the right by itself to make the decoder's input.
-        output = model(input_ids=batch.prompt_ids_BS, attention_mask=batch.prompt_mask_BS, labels=batch.labels_BT)
+        output = model(
+            input_ids=batch.prompt_ids_BS,
+            attention_mask=batch.prompt_mask_BS,
+            labels=batch.labels_BT,
+            use_cache=False,
+        )
         logits_BTV = cast(Tensor, output.logits).float()
         return F.cross_entropy(
             logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -99,7 +104,12 @@ def chunked_seq2seq_loss_sum(model: nn.Module, batch: Seq2SeqBatch, chunk_rows: 
 def _decoded(model: nn.Module, whole: Any, batch: Seq2SeqBatch) -> Tensor:
     """What the decoder returns, [B, T, H], without any logits."""
     taken: list[Tensor] = []
-    handle = whole.get_decoder().register_forward_hook(lambda _, __, output: taken.append(output[0]))
+    handles = [
+        whole.get_decoder().register_forward_hook(lambda _, __, output: taken.append(output[0])),
+        # FSDP gathers for backward when a gradient reaches what the model returned. The encoder's states among that are
+        # reached too late, in the middle of the pass: out of step with a rank whose logits are not in chunks.
+        model.register_forward_hook(lambda _, __, output: output.logits, prepend=True),
+    ]
     try:
         with forward_replaced(whole.get_output_embeddings(), lambda hidden, *_, **__: hidden[..., :1]):
             model(
@@ -109,7 +119,8 @@ def _decoded(model: nn.Module, whole: Any, batch: Seq2SeqBatch) -> Tensor:
                 use_cache=False,
             )
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     (hidden_BTH,) = taken
     return hidden_BTH
 
