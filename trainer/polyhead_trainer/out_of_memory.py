@@ -47,10 +47,10 @@ def _explanation(config: RunConfig | TogetherConfig, num_ranks: int, reason: str
     try:
         needed = estimate(config, nproc=num_ranks)
         smaller = list(_smaller(config, num_ranks, needed.peak))
-    except (PolyheadError, MemoryError) as error:
+    except (PolyheadError, MemoryError, RuntimeError) as error:
         return f"{message}; what the run needs cannot be estimated ({error})"
     parts = ", ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in needed.parts().items() if value)
-    available = _available_bytes(device)
+    available = _available_bytes(device, num_ranks)
     message += f"; `trainer estimate` expects on each rank: {parts}; there are {available / MIB:,.0f} MiB"
     if not smaller:
         return f"{message}; no setting of the trainer would make it smaller: use a larger device or a smaller backbone"
@@ -133,8 +133,9 @@ def _peak(config: RunConfig | TogetherConfig, num_ranks: int) -> int | None:
     return found.peak
 
 
-def _available_bytes(device: str) -> int:
-    """All of the device's memory, whoever uses it now."""
+def _available_bytes(device: str, num_ranks: int) -> int:
+    """All of the device's memory, whoever uses it now; of a host's, what it has for each rank on it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // on_this_host

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from polyhead_core.int8 import Int8Linear
-from polyhead_trainer.config import ParallelSection, RunConfig
+from polyhead_trainer.config import RunConfig
 from polyhead_trainer.data import EncodedExample
 from polyhead_trainer.estimate.passes import Peaks
-from polyhead_trainer.parallel import layer_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class MicroBatch:
     def of(cls, examples: Sequence[EncodedExample]) -> MicroBatch:
         return cls(
             num_rows=len(examples),
-            num_tokens=max(map(len, examples)),
+            num_tokens=max(item.width for item in examples),
             num_labels=sum(example.num_labels for example in examples),
         )
 
@@ -40,7 +39,7 @@ class Estimate:
     """Bytes on one rank: with parallel.strategy = fsdp and several ranks, of its shards.
 
     With parallel.cpu_offload, weights, adapter, optimizer and gradients are in host memory, and no part of the peak.
-    Activations are counted in backbone.dtype, which parallel.param_dtype may be smaller than.
+    With training.compile, activations are those of a run without it, which needs more: operators are not joined here.
     """
 
     weights: int
@@ -48,7 +47,8 @@ class Estimate:
     packed: int
     """A second copy of int8 weights, as the CPU's kernels read them."""
     adapter: int
-    """What the method adds; of the weights that a full fine-tune trains there is no second copy."""
+    """What the method adds, with PiSSA and OLoRA a copy of where they started from, whole on every rank; of the weights
+    that a full fine-tune trains there is no second copy."""
     optimizer: int
     copies: int
     """Of what is trained: the last good adapter and the one on trial, the best weights, a checkpoint on its way to the
@@ -56,13 +56,16 @@ class Estimate:
     gradients: int
     """What the optimizer's step finds."""
     activations: int
-    """At the fullest moment of a step, all but the gradients that are there by then: what forward keeps for backward,
-    logits, and what is held by the way."""
-    evaluation: int
-    """The same of a held-out batch."""
+    """At the fullest moment of a step, all but the gradients that are there by then and what is gathered: what forward
+    keeps for backward, logits, and what is held by the way."""
     gathered: int
-    """fsdp: what is whole while the model computes: what is outside of layers, and two layers, the next one being
-    gathered while one computes."""
+    """fsdp, at that moment: what is whole. What is outside of layers, the layer that computes, the next or the last one
+    in communication's buffers, and gradients before they are summed over the ranks."""
+    evaluation: int
+    """At the fullest moment of a held-out batch, with what is gathered for it."""
+    published: int
+    """fsdp: what the main rank makes whole at the end to save it, in host memory, which is counted where the training
+    is on the CPU."""
     peak: int
     """The most that is held at once."""
     batch: MicroBatch
@@ -78,10 +81,10 @@ class Estimate:
         *,
         offloaded: bool = False,
     ) -> Estimate:
-        held = model.packed + model.gathered + copies
-        passes, update = peaks.step.num_bytes, peaks.update
+        held = model.packed + copies
+        step, update = peaks.step.total, peaks.update
         if offloaded:
-            passes, update = passes - peaks.step.gradients, 0
+            step, update = step - peaks.step.gradients, 0
         else:
             held += model.weights + model.adapter + optimizer
         return cls(
@@ -91,10 +94,11 @@ class Estimate:
             optimizer=optimizer,
             copies=copies,
             gradients=peaks.gradients,
-            activations=peaks.step.num_bytes - peaks.step.gradients,
+            activations=peaks.step.activations,
+            gathered=peaks.step.gathered,
             evaluation=peaks.evaluation,
-            gathered=model.gathered,
-            peak=held + max(passes, update, peaks.evaluation),
+            published=model.published,
+            peak=held + max(step, update, peaks.evaluation, model.published),
             batch=batch,
         )
 
@@ -109,26 +113,41 @@ class ModelParts:
     weights: int
     packed: int
     adapter: int
-    gathered: int
+    published: int
+    on_cpu: bool
+    packed_at_once: dict[Int8Linear, int]
+    """Bytes of a packed copy that a layer makes for one product alone: in shards."""
 
     @classmethod
-    def of(cls, model: nn.Module, backbone_ids: set[int], config: RunConfig, num_shards: int) -> ModelParts:
+    def of(
+        cls,
+        model: nn.Module,
+        backbone_ids: set[int],
+        config: RunConfig,
+        num_shards: int = 1,
+        *,
+        saves_frozen: bool = False,
+    ) -> ModelParts:
         """`model`: on the meta device, with the method's parameters in; `backbone_ids`: of the tensors that were there
-        before them."""
+        before them; `saves_frozen`: as Tuned has it."""
         sizes = {id(tensor): tensor.nbytes for tensor in tensors_of(model)}
         buffers = {id(buffer) for buffer in model.buffers()}
         shared = {key: size for key, size in sizes.items() if key in backbone_ids}
         replicated = sum(size for key, size in shared.items() if key in buffers)
         on_cpu = torch.device(config.backbone.device).type == "cpu"
         own_int8 = config.backbone.quantization == "int8"
-        packed = [_packed_bytes(layer) for layer in _int8_layers(model)] if on_cpu and own_int8 else []
+        packed = {layer: _packed_bytes(layer) for layer in _int8_layers(model)} if on_cpu and own_int8 else {}
         whole = num_shards == 1
+        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        keeps_initial = getattr(config.adapter, "init", "default") in ("pissa", "olora")
+        saved = [one for one in model.parameters() if one.requires_grad or saves_frozen]
         return cls(
             weights=replicated + (sum(shared.values()) - replicated) // num_shards,
-            packed=sum(packed) if whole else 0,
-            adapter=(sum(sizes.values()) - sum(shared.values())) // num_shards,
-            # In shards, a layer is packed for one product alone.
-            gathered=0 if whole else _gathered_bytes(model, config.parallel) + max(packed, default=0),
+            packed=sum(packed.values()) if whole else 0,
+            adapter=(sum(sizes.values()) - sum(shared.values())) // num_shards + keeps_initial * trained,
+            published=sum(one.nbytes for one in saved) if on_cpu and not whole else 0,
+            on_cpu=on_cpu,
+            packed_at_once={} if whole else packed,
         )
 
 
@@ -145,21 +164,6 @@ def copied_bytes(config: RunConfig, trained: int, optimizer: int, num_steps: int
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
-
-
-def _gathered_bytes(model: nn.Module, settings: ParallelSection) -> int:
-    layers = [module for module in model.modules() if type(module) is layer_class(model, settings.wrap)]
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = {id(one): _gathered(one, settings) for one in model.parameters() if id(one) not in in_layers}
-    largest = max(sum(_gathered(parameter, settings) for parameter in layer.parameters()) for layer in layers)
-    return sum(outside.values()) + min(2, len(layers)) * largest
-
-
-def _gathered(parameter: Tensor, settings: ParallelSection) -> int:
-    if settings.param_dtype is None or not parameter.is_floating_point():
-        return parameter.nbytes
-    dtype: torch.dtype = getattr(torch, settings.param_dtype)
-    return parameter.numel() * dtype.itemsize
 
 
 def _int8_layers(model: nn.Module) -> list[Int8Linear]:
