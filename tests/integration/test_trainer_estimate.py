@@ -156,7 +156,12 @@ def allow_nf4_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_loadable", lambda *_: None)
 
 
-@pytest.mark.parametrize("name", TASKS)
+SLOW = {"preference, chunked", "seq2seq, long answers"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASKS]
+)
 def test_the_peak_is_that_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     allow_nf4_on_the_cpu(monkeypatch)
     config = TASKS[name](tmp_path)

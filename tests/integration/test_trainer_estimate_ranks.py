@@ -49,7 +49,7 @@ CASES = {
     "full, replicated": Case(settings=DDP),
     "full, replicated, in micro-batches": Case(settings=[*DDP, "training.micro_batch_size=2"]),
 }
-FAST = {"full", "full in bfloat16", "lora on int8", "lora on int8, replicated", "full, replicated, in micro-batches"}
+FAST = {"full in bfloat16", "lora on int8", "full, replicated, in micro-batches"}
 
 
 @pytest.mark.parametrize(

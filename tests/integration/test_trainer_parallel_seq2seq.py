@@ -45,7 +45,11 @@ def write_seq2seq_run(folder: Path, kind: str, stored: torch.dtype, *, method: s
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
     ("kind", "stored"),
-    [("mt5", torch.float32), ("bart", torch.bfloat16), pytest.param("t5-own-head", torch.bfloat16)],
+    [
+        ("mt5", torch.float32),
+        ("bart", torch.bfloat16),
+        pytest.param("t5-own-head", torch.bfloat16, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_ranks_compute_what_one_process_does(tmp_path: Path, kind: str, stored: torch.dtype, method: str) -> None:

@@ -422,6 +422,7 @@ def test_several_processes_are_refused(file: Path) -> None:
         train(file, nproc=2)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_names_what_needs_less(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError("no more")

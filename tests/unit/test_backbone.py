@@ -272,7 +272,7 @@ print((peak() - before) * 1024)
     ("kind", "quantization", "dtype"),
     [
         pytest.param("llama-untied", "int8", "float32", marks=pytest.mark.slow),
-        ("llama-untied", "none", "bfloat16"),
+        pytest.param("llama-untied", "none", "bfloat16", marks=pytest.mark.slow),
         ("llama", "int8", "float32"),
     ],
 )
