@@ -106,6 +106,8 @@ struct PackedLinear : torch::CustomClassHolder {
   at::Tensor inverse_smooth;  // 1 / smooth
   std::vector<uint16_t> kept;  // of each 16 inputs, those that are no outlier columns
   at::Tensor columns;         // int64 [outliers]
+  at::Tensor column_indices;  // int32, of them
+  at::Tensor column_smooth = at::empty({0}), column_inverse_smooth = column_smooth;  // of them, as of all inputs
   bool lasting;
   ReusedResult results;
 
@@ -135,6 +137,8 @@ struct PackedLinear : torch::CustomClassHolder {
                 "absmax and bias must have ", out, " elements, input_scale ", in);
     smooth = input_scale ? input_scale->to(at::kFloat).contiguous() : at::empty({0});
     inverse_smooth = smooth.reciprocal();
+    column_indices = columns.to(at::kInt);
+    if (input_scale) column_smooth = smooth.index_select(0, columns), column_inverse_smooth = column_smooth.reciprocal();
     const int64_t padded = num_panels() * PANEL;
     scale = at::zeros({padded}), bias = at::zeros({padded});
     scale.narrow(0, 0, out).copy_(absmax / 127.0);
@@ -163,7 +167,8 @@ struct PackedLinear : torch::CustomClassHolder {
   }
   const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
-    return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes();
+    return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes() + column_indices.nbytes() +
+           2 * column_smooth.nbytes();
   }
 
  private:
@@ -217,7 +222,7 @@ struct QuantizeScratch {
   void resize(int64_t in, int64_t outliers) {
     grow(row, round_up(in, WIDTH));
     grow(q, in + PART);
-    grow(large, outliers);
+    grow(large, round_up(outliers, WIDTH));
   }
 };
 
@@ -255,21 +260,37 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
   int32_t* sums = to.sums.data() + 3 * r;
   const float *smooth = linear.smooth.const_data_ptr<float>(), *inverse = linear.inverse_smooth.const_data_ptr<float>();
   const bool is_smoothed = linear.smooth.numel();
+  const auto smoothed = [&](Floats values, __mmask16 mask, const float* by, const float* by_inverse) {
+    return divide(values, _mm512_mask_loadu_ps(splat(1.0f), mask, by), _mm512_maskz_loadu_ps(mask, by_inverse));
+  };
   if (linear.outliers) {
-    const int64_t* column = linear.columns.const_data_ptr<int64_t>();
-    for (int64_t k = 0; k < linear.outliers; ++k) large[k] = is_smoothed ? x[column[k]] / smooth[column[k]] : x[column[k]];
+    const int32_t* column = linear.column_indices.const_data_ptr<int32_t>();
+    const float* by = is_smoothed ? linear.column_smooth.const_data_ptr<float>() : nullptr;
+    const float* by_inverse = is_smoothed ? linear.column_inverse_smooth.const_data_ptr<float>() : nullptr;
     int8_t* high = quads + linear.main_bytes();
-    quantize_part(large, linear.outliers, largest_magnitude(large, linear.outliers), high, scales[1], sums[1]);
-    for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(high[k]) * scales[1];
-    quantize_part(large, linear.outliers, largest_magnitude(large, linear.outliers), high + linear.tail_bytes(), scales[2],
-                  sums[2]);
+    Magnitude all, rest;
+    for (int64_t k = 0; k < linear.outliers; k += WIDTH) {
+      const __mmask16 mask = lanes(linear.outliers - k);
+      Floats values = _mm512_mask_i32gather_ps(splat(0.0f), mask, _mm512_maskz_loadu_epi32(mask, column + k), x, sizeof(float));
+      if (is_smoothed) values = smoothed(values, mask, by + k, by_inverse + k);
+      all.add(values);
+      store(large + k, values);
+    }
+    quantize_part(large, linear.outliers, all.value(), high, scales[1], sums[1]);
+    for (int64_t k = 0; k < linear.outliers; k += WIDTH) {
+      const __mmask16 mask = lanes(linear.outliers - k);
+      const Floats kept = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, high + k)));
+      const Floats values = _mm512_sub_ps(load(large + k), times(kept, splat(scales[1])));
+      rest.add(_mm512_maskz_mov_ps(mask, values));
+      store(large + k, values);
+    }
+    quantize_part(large, linear.outliers, rest.value(), high + linear.tail_bytes(), scales[2], sums[2]);
   }
   Magnitude magnitude;
   for (int64_t i = 0; i < linear.in; i += WIDTH) {
     const __mmask16 mask = lanes(linear.in - i) & linear.kept[i / WIDTH];
     Floats values = _mm512_maskz_loadu_ps(mask, x + i);
-    if (is_smoothed)
-      values = divide(values, _mm512_mask_loadu_ps(splat(1.0f), mask, smooth + i), _mm512_maskz_loadu_ps(mask, inverse + i));
+    if (is_smoothed) values = smoothed(values, mask, smooth + i, inverse + i);
     magnitude.add(values);
     store(row + i, values);
   }
