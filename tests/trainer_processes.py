@@ -138,7 +138,7 @@ def own_memory_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
-def load_and_shard(rank: int, size: int, port: int, file: Path) -> None:
+def _load_and_shard(rank: int, size: int, port: int, file: Path) -> None:
     """A rank that loads and shards its model as a run does, and writes down the most memory that it had meanwhile."""
     import torch
     from torch._C._distributed_c10d import TCPStore
@@ -166,3 +166,17 @@ def load_and_shard(rank: int, size: int, port: int, file: Path) -> None:
         done.set()
         watcher.join()
     file.with_suffix(f".memory-{rank}").write_text(str(most - before))
+
+
+def check_no_rank_holds_the_whole_model(file: Path, whole: int) -> None:
+    """Of two; `whole`: the model's bytes."""
+    from torch._C._distributed_c10d import TCPStore
+    from torch.multiprocessing.spawn import start_processes
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start_processes(_load_and_shard, (2, store.port, file), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        most = int(file.with_suffix(f".memory-{rank}").read_text())
+        print(f"rank {rank}: at most {most:,} bytes of its own, of a model of {whole:,}")
+        # Its half, and while a layer is cut into shards that layer.
+        assert most < whole * 0.7

@@ -11,9 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_trainer_parallel_methods import check_ranks_do_as_one, record
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed.fsdp import FSDPModule
-from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForSeq2SeqLM
 
 from encoder_decoders import CONFIGS, save_encoder_decoder
@@ -22,7 +20,7 @@ from polyhead_trainer import backbones, methods
 from polyhead_trainer.config import BackboneSection, LoraSettings, ParallelSection
 from polyhead_trainer.parallel import Ranks
 from polyhead_trainer.parallel.apply import _shard, layers_to_shard
-from trainer_processes import load_and_shard, write_run
+from trainer_processes import check_no_rank_holds_the_whole_model, write_run
 
 SGD = ("training.optimizer=sgd", "training.learning_rate=0.05", "training.schedule=constant")
 """AdamW makes whole steps of gradients that are all rounding, as those of BART's key biases are."""
@@ -147,10 +145,4 @@ def test_no_rank_ever_holds_the_whole_model(
     monkeypatch.setattr(typed_copy, "FILE_BYTES", 4 << 20)
     settings = BackboneSection(source=str(tmp_path / "backbone"), quantization="none", cache_dir=tmp_path / "cache")
     backbones.load(backbones.on_host(settings), shared=True)  # as the first rank does before the others
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    start_processes(load_and_shard, (2, store.port, file), nprocs=2, start_method="forkserver")
-    for rank in range(2):
-        most = int(file.with_suffix(f".memory-{rank}").read_text())
-        print(f"rank {rank}: at most {most:,} bytes of its own, of a model of {whole:,}")
-        # Its half, and while a layer is cut into shards that layer.
-        assert most < whole * 0.7
+    check_no_rank_holds_the_whole_model(file, whole)

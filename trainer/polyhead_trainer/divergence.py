@@ -26,8 +26,6 @@ class LastGood:
     is little for an adapter, of which each rank copies what it holds; of a whole model no copy is held.
     """
 
-    num_ranks: int = 1
-
     good_step: int | None = None
     """Steps that the good weights have learned from."""
     _good: dict[str, Tensor] | None = None
@@ -58,7 +56,12 @@ class LastGood:
 
 
 def keep_what_is_left(
-    error: TrainingDiverged, last_good: LastGood, tuned: Tuned, output: Path, backbone: BackboneFacts
+    error: TrainingDiverged,
+    last_good: LastGood,
+    tuned: Tuned,
+    output: Path,
+    backbone: BackboneFacts,
+    ranks: Ranks,
 ) -> TrainingDiverged:
     """Saves the batch's token ids and the last good adapter beside `output`; the error, with their places in it.
 
@@ -66,7 +69,6 @@ def keep_what_is_left(
     they are.
     """
     batch_file = _beside(output, "diverged.json")
-    ranks = Ranks(size=last_good.num_ranks)
     rows = [
         {
             "origin": one.example.origin,

@@ -235,7 +235,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         saved = SavedRun(identity=identity, before=before, hooks={})
     checkpointer = Checkpointer(checkpoints, config.checkpoint, saved, stateful, ranks)
     memory = RankMemoryMeter(tuned.model, loop.optimizer)
-    last_good = LastGood(num_ranks=ranks.size)
+    last_good = LastGood()
     started = time.perf_counter()
     energy.start()
     tracking.begin(config, saved.before, progress.history)
@@ -246,7 +246,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     except TrainingDiverged as error:
         checkpointer.close()
         if ranks.is_main:
-            error = keep_what_is_left(error, last_good, tuned, config.output, run.facts)
+            error = keep_what_is_left(error, last_good, tuned, config.output, run.facts, ranks)
         message = ranks.from_main(error.message)
         raise TrainingDiverged(message, step=error.step, examples=error.examples) from error
     finally:

@@ -22,7 +22,7 @@ from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
 from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
-from polyhead_trainer.parallel import joined
+from polyhead_trainer.parallel import Ranks, joined
 from polyhead_trainer.parallel.memory import peak_memory_bytes
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
@@ -152,7 +152,7 @@ def _open(
 
     def keep(error: TrainingDiverged) -> TrainingDiverged:
         tracking.fail()
-        kept = keep_what_is_left(error, last_good, member.tuned, config.output, facts)
+        kept = keep_what_is_left(error, last_good, member.tuned, config.output, facts, Ranks())
         report.say(console, f"{name} has diverged, the others go on: {kept.message}")
         return kept
 

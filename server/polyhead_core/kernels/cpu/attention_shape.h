@@ -141,7 +141,7 @@ inline float softmax(float* x, int64_t size, const AttentionShape& s, const Put&
     const auto weights = [&](int64_t at, __mmask16 mask) {
       return _mm512_maskz_mov_ps(mask, exp_nonpositive(fma(_mm512_maskz_loadu_ps(mask, x + at), factor, shift)));
     };
-    const Floats low = weights(i, lanes(size - i)), high = weights(i + WIDTH, lanes(size - i - WIDTH));
+    const Floats low = weights(i, static_cast<__mmask16>(seen)), high = weights(i + WIDTH, static_cast<__mmask16>(seen >> WIDTH));
     even = _mm512_add_ps(even, low), odd = _mm512_add_ps(odd, high);
     put(i, seen, low, high);
   }

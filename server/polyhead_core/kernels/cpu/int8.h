@@ -105,8 +105,7 @@ struct PackedLinear : torch::CustomClassHolder {
   at::Tensor smooth;          // float [in], or empty: none
   at::Tensor inverse_smooth;  // 1 / smooth
   std::vector<uint16_t> kept;  // of each 16 inputs, those that are no outlier columns
-  at::Tensor columns;         // int64 [outliers]
-  at::Tensor column_indices;  // int32, of them
+  at::Tensor columns;         // int32 [outliers]
   at::Tensor column_smooth = at::empty({0}), column_inverse_smooth = column_smooth;  // of them, as of all inputs
   bool lasting;
   ReusedResult results;
@@ -121,15 +120,16 @@ struct PackedLinear : torch::CustomClassHolder {
     out = weight.size(0), in = weight.size(1);
     TORCH_CHECK(!out || !in || weight.min().item<int>() >= -127,
                 "weights must lie in -127..127, where absmax quantisation puts them");
-    columns = outlier_columns ? outlier_columns->to(at::kLong).contiguous() : at::empty({0}, at::kLong);
+    const at::Tensor given = outlier_columns ? outlier_columns->to(at::kLong).contiguous() : at::empty({0}, at::kLong);
+    columns = given.to(at::kInt);
     outliers = columns.numel();
     for (int64_t k = 0; k < outliers; ++k) {
-      const int64_t column = columns.const_data_ptr<int64_t>()[k];
+      const int64_t column = given.const_data_ptr<int64_t>()[k];
       TORCH_CHECK(0 <= column && column < in, "outlier column ", column, " of ", in, " inputs");
     }
     kept.assign((in + 15) / 16, 0xffff);
     for (int64_t k = 0; k < outliers; ++k) {
-      const int64_t column = columns.const_data_ptr<int64_t>()[k];
+      const int32_t column = columns.const_data_ptr<int32_t>()[k];
       kept[column / 16] &= static_cast<uint16_t>(~(1 << column % 16));
     }
     depth = round_up(in, QUAD), tail = round_up(outliers, QUAD);
@@ -137,7 +137,6 @@ struct PackedLinear : torch::CustomClassHolder {
                 "absmax and bias must have ", out, " elements, input_scale ", in);
     smooth = input_scale ? input_scale->to(at::kFloat).contiguous() : at::empty({0});
     inverse_smooth = smooth.reciprocal();
-    column_indices = columns.to(at::kInt);
     if (input_scale) column_smooth = smooth.index_select(0, columns), column_inverse_smooth = column_smooth.reciprocal();
     const int64_t padded = num_panels() * PANEL;
     scale = at::zeros({padded}), bias = at::zeros({padded});
@@ -167,7 +166,7 @@ struct PackedLinear : torch::CustomClassHolder {
   }
   const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
-    return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes() + column_indices.nbytes() +
+    return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes() +
            2 * column_smooth.nbytes();
   }
 
@@ -180,7 +179,7 @@ struct PackedLinear : torch::CustomClassHolder {
   }
 
   void pack(const int8_t* weight) {
-    const int64_t* column = columns.const_data_ptr<int64_t>();
+    const int32_t* column = columns.const_data_ptr<int32_t>();
     int8_t* to = panels.data_ptr<int8_t>();
     at::parallel_for(0, num_panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
@@ -264,9 +263,9 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
     return divide(values, _mm512_mask_loadu_ps(splat(1.0f), mask, by), _mm512_maskz_loadu_ps(mask, by_inverse));
   };
   if (linear.outliers) {
-    const int32_t* column = linear.column_indices.const_data_ptr<int32_t>();
-    const float* by = is_smoothed ? linear.column_smooth.const_data_ptr<float>() : nullptr;
-    const float* by_inverse = is_smoothed ? linear.column_inverse_smooth.const_data_ptr<float>() : nullptr;
+    const int32_t* column = linear.columns.const_data_ptr<int32_t>();
+    const float* by = linear.column_smooth.const_data_ptr<float>();
+    const float* by_inverse = linear.column_inverse_smooth.const_data_ptr<float>();
     int8_t* high = quads + linear.main_bytes();
     Magnitude all, rest;
     for (int64_t k = 0; k < linear.outliers; k += WIDTH) {
@@ -333,7 +332,7 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
   int8_t* quads = to.quads.data() + r * to.stride;
   float* scales = to.scales.data() + 3 * r;
   if (linear.outliers) {
-    const int64_t* column = linear.columns.const_data_ptr<int64_t>();
+    const int32_t* column = linear.columns.const_data_ptr<int32_t>();
     float* large = scratch.large.data();
     int8_t* high = quads + linear.main_bytes();
     for (int64_t k = 0; k < linear.outliers; ++k) {
