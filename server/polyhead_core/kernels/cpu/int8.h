@@ -30,9 +30,6 @@ struct Four {
     return acc;
   }
 };
-inline void scale_add(float* to, Ints x, float scale) {
-  _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(scale))));
-}
 
 #elif defined(__AVX2__)
 #define POLYHEAD_AVX2
@@ -54,9 +51,6 @@ struct Four {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 };
-inline void scale_add(float* to, Ints x, float scale) {
-  _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(scale))));
-}
 
 #else
 
@@ -82,9 +76,6 @@ struct Four {
     return acc;
   }
 };
-inline void scale_add(float* to, Ints x, float scale) {
-  for (int64_t o = 0; o < LANES32; ++o) to[o] += static_cast<float>(x[o]) * scale;
-}
 
 #endif
 
@@ -385,23 +376,28 @@ inline void add_quad<4>(const int8_t* w, const int8_t* x, int64_t stride, Ints (
 }
 #endif
 
-// y += scale * (w times `ROWS` rows). While it reads w it asks for the memory at w + ahead.
+// Memory that is asked for while other is read: `step` bytes further at each quad.
+struct Ahead {
+  const int8_t* data;
+  int64_t step;
+};
+
+// to = w times `ROWS` rows, as exact integers.
 template <int ROWS>
-inline void multiply(const int8_t* w, int64_t ahead, const int8_t* x, int64_t stride, int64_t depth, const int32_t* sums,
-                     float (*y)[PANEL], const float* scales) {
+inline void multiply(const int8_t* w, const int8_t* x, int64_t stride, int64_t depth, Ahead& ahead, int32_t (*to)[PANEL]) {
   Ints low[ROWS], high[ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) low[r] = high[r] = splat_int(BIASED_WEIGHTS ? -128 * sums[3 * r] : 0);
+  for (int r = 0; r < ROWS; ++r) low[r] = high[r] = splat_int(0);
   const int8_t* const end = w + depth * PANEL;
-  for (; w != end; w += PANEL * QUAD, x += QUAD_BYTES) {
+  for (; w != end; w += PANEL * QUAD, x += QUAD_BYTES, ahead.data += ahead.step) {
 #pragma GCC unroll 2
-    for (int64_t line = 0; line < PANEL * QUAD; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+    for (int64_t line = 0; line < PANEL * QUAD; line += LINE) __builtin_prefetch(ahead.data + line, 0, 2);
     add_quad<ROWS>(w, x, stride, low, high);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
-    scale_add(y[r], low[r], scales[3 * r]);
-    scale_add(y[r] + LANES32, high[r], scales[3 * r]);
+    store_ints(to[r], low[r]);
+    store_ints(to[r] + LANES32, high[r]);
   }
 }
 
@@ -416,32 +412,51 @@ inline void for_each_part(const PackedLinear& linear, int64_t panel, const Part&
   }
 }
 
-// y[r, o] (+)= sums[r, o] scale[o] + bias[o] for `rows` rows from r on.
-inline void put(const PackedLinear& linear, int64_t panel, float (*sums)[PANEL], int64_t r, int64_t rows, float* y,
-                int64_t y_stride, bool accumulate) {
-  const float* scale = linear.scale.const_data_ptr<float>() + panel * PANEL;
-  const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
-  const int64_t width = std::min(PANEL, linear.out - panel * PANEL);
+// y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o] for `rows` rows from r on: of each part, `products` holds
+// the sums of MOST rows. Calls between() before each row.
+template <int MOST, typename Between>
+inline void put(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
+                int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
+  constexpr int64_t FLOATS = PANEL / WIDTH;  // vectors of floats in a panel
+  const int64_t parts = linear.tail ? 3 : 1, width = std::min(PANEL, linear.out - panel * PANEL);
+  Floats scale[FLOATS], bias[FLOATS];
+  for (int64_t v = 0; v < FLOATS; ++v) {
+    scale[v] = load(linear.scale.const_data_ptr<float>() + panel * PANEL + v * WIDTH);
+    bias[v] = load(linear.bias.const_data_ptr<float>() + panel * PANEL + v * WIDTH);
+  }
   for (int64_t row = 0; row < rows; ++row) {
+    between();
+    const float* scales = x.scales.data() + 3 * (r + row);
+    const int32_t* sums = x.sums.data() + 3 * (r + row);
     float* to = y + (r + row) * y_stride + panel * PANEL;
-    for (int64_t o = 0; o < PANEL; ++o) sums[row][o] = sums[row][o] * scale[o] + bias[o];
-    if (accumulate)
-      for (int64_t o = 0; o < width; ++o) to[o] += sums[row][o];
-    else
-      for (int64_t o = 0; o < width; ++o) to[o] = sums[row][o];
+    Floats total[FLOATS];
+    for (int64_t v = 0; v < FLOATS; ++v) total[v] = splat(0.0f);
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t v = 0; v < FLOATS; ++v) {
+        const Floats sum = to_floats(products[part][row] + v * WIDTH, BIASED_WEIGHTS ? 128 * sums[part] : 0);
+        total[v] = plus(total[v], times(sum, splat(scales[part])));
+      }
+    for (int64_t v = 0; v < FLOATS; ++v, to += WIDTH) {
+      total[v] = plus(times(total[v], scale[v]), bias[v]);
+      if (width == PANEL) {  // stores of a part of a vector are slow on Zen
+        store(to, accumulate ? plus(load(to), total[v]) : total[v]);
+      } else {
+        const int64_t count = width - v * WIDTH;
+        store_first(to, accumulate ? plus(load_first(to, count), total[v]) : total[v], count);
+      }
+    }
   }
 }
 
-// `ROWS` rows from r on, times one panel: y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o].
+// `ROWS` rows from r on, times one panel.
 template <int ROWS>
-void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t panel, float* y, int64_t y_stride,
-          bool accumulate) {
-  float sums[ROWS][PANEL] = {};
+void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t panel, Ahead ahead, float* y,
+          int64_t y_stride, bool accumulate) {
+  alignas(LINE) int32_t products[3][ROWS][PANEL];
   for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
-    multiply<ROWS>(w, linear.panel_bytes(), x.quads.data() + r * x.stride + offset, x.stride, depth,
-                   x.sums.data() + 3 * r + index, sums, x.scales.data() + 3 * r + index);
+    multiply<ROWS>(w, x.quads.data() + r * x.stride + offset, x.stride, depth, ahead, products[index]);
   });
-  put(linear, panel, sums, r, ROWS, y, y_stride, accumulate);
+  put(linear, x, products, r, ROWS, panel, y, y_stride, accumulate, [] {});
 }
 
 #if defined(POLYHEAD_TILES)
@@ -449,45 +464,27 @@ void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t
 template <int TILES>
 void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel, float* y,
                   int64_t y_stride, bool accumulate) {
-  alignas(64) int32_t products[3][TILES * TILE_ROWS][PANEL];
+  alignas(LINE) int32_t products[3][TILES * TILE_ROWS][PANEL];
   // The next panel comes from memory while this one is worked on, evenly: the processor stops where too many lines are
   // asked for at once.
   const int8_t *next = linear.panel(panel) + linear.panel_bytes(), *const end = next + linear.panel_bytes();
   for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
     multiply_tiles<TILES>(w, x.quads.data() + r * x.stride + offset, x.stride, depth, products[index][0], next);
   });
-  const int64_t lines_a_row = (end - next) / static_cast<int64_t>(LINE) / (VECTORS * rows) + 1;
-  const int64_t parts = linear.tail ? 3 : 1, width = std::min(PANEL, linear.out - panel * PANEL);
-  const float* scale = linear.scale.const_data_ptr<float>() + panel * PANEL;
-  const float* bias = linear.bias.const_data_ptr<float>() + panel * PANEL;
-  for (int64_t half = 0; half * LANES32 < width; ++half) {
-    const int64_t o = half * LANES32;
-    const __mmask16 mask = lanes(width - o);
-    const __m512 s = _mm512_loadu_ps(scale + o), b = _mm512_loadu_ps(bias + o);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* scales = x.scales.data() + 3 * (r + row);
-      const int32_t* shifts = x.sums.data() + 3 * (r + row);
-      for (int64_t line = 0; line < lines_a_row; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t part = 0; part < parts; ++part) {
-        const Ints product = _mm512_sub_epi32(_mm512_load_si512(products[part][row] + o), splat_int(128 * shifts[part]));
-        sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_set1_ps(scales[part])));
-      }
-      float* to = y + (r + row) * y_stride + panel * PANEL + o;
-      sum = _mm512_add_ps(_mm512_mul_ps(sum, s), b);
-      if (accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
-      _mm512_mask_storeu_ps(to, mask, sum);
-    }
-  }
+  const int64_t lines_a_row = (end - next) / static_cast<int64_t>(LINE) / rows + 1;
+  put(linear, x, products, r, rows, panel, y, y_stride, accumulate, [&] {
+    for (int64_t line = 0; line < lines_a_row; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
+  });
 }
 #endif
 
+// tile() for `count` rows, at most ROWS.
 template <int ROWS>
-void rest_of_rows(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t count, int64_t panel, float* y,
-                  int64_t y_stride, bool accumulate) {
+void tile_of(int64_t count, const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t panel, Ahead ahead, float* y,
+             int64_t y_stride, bool accumulate) {
   if constexpr (ROWS > 0) {
-    if (count == ROWS) tile<ROWS>(linear, x, r, panel, y, y_stride, accumulate);
-    else rest_of_rows<ROWS - 1>(linear, x, r, count, panel, y, y_stride, accumulate);
+    if (count >= ROWS) tile<ROWS>(linear, x, r, panel, ahead, y, y_stride, accumulate);
+    else tile_of<ROWS - 1>(count, linear, x, r, panel, ahead, y, y_stride, accumulate);
   }
 }
 
@@ -517,12 +514,14 @@ inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, 
 #endif
   constexpr int64_t CACHE_BYTES = 192 << 10;  // quantised rows that stay in the second-level cache over the panels
   const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / x.stride / MAX_ROWS * MAX_ROWS);
+  const int64_t quads = (linear.depth + 2 * linear.tail) / QUAD;
   for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t end = std::min(rows, begin + block);
+    const int64_t end = std::min(rows, begin + block), tiles = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t panel = first; panel < last; ++panel) {
-      int64_t r = begin;
-      for (; r + MAX_ROWS <= end; r += MAX_ROWS) tile<MAX_ROWS>(linear, x, r, panel, y, y_stride, accumulate);
-      rest_of_rows<MAX_ROWS - 1>(linear, x, r, end - r, panel, y, y_stride, accumulate);
+      // The next panel comes from memory meanwhile, evenly.
+      Ahead ahead{linear.panel(panel) + linear.panel_bytes(), linear.panel_bytes() / (tiles * quads) + 1};
+      for (int64_t r = begin; r < end; r += MAX_ROWS, ahead.data += ahead.step * quads)
+        tile_of<MAX_ROWS>(end - r, linear, x, r, panel, ahead, y, y_stride, accumulate);
     }
   }
 }

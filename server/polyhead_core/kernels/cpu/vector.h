@@ -65,7 +65,13 @@ inline Floats load(const BFloat16* from) { return to_floats(_mm256_loadu_si256(r
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+// from - less.
+inline Floats to_floats(const int32_t* from, int32_t less) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(from), _mm512_set1_epi32(less)));
+}
 // The first `count` lanes.
 inline __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, WIDTH)) - 1); }
 
@@ -97,7 +103,9 @@ inline Floats sigmoid(Floats x) {
   return _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
 }
 
-inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+// The first `count` elements, if any; zeros after them.
+inline Floats load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), from); }
+inline void store_first(float* to, Floats x, int64_t count) { _mm512_mask_storeu_ps(to, lanes(count), x); }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -112,6 +120,12 @@ inline Floats load(const BFloat16* from) {
 inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
 inline Floats splat(float x) { return _mm256_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats to_floats(const int32_t* from, int32_t less) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(less)));
+}
 inline float sum(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -135,7 +149,29 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   for (int64_t i = 0; i < WIDTH; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
 }
+inline Floats plus(Floats a, Floats b) { return a + b; }
+inline Floats times(Floats a, Floats b) { return a * b; }
+inline Floats to_floats(const int32_t* from, int32_t less) {
+  Floats x;
+  for (int64_t i = 0; i < WIDTH; ++i) x[i] = static_cast<float>(from[i] - less);
+  return x;
+}
 inline float sum(Floats x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+#endif
+
+#if !(defined(__AVX512F__) && defined(__AVX512BW__))
+
+inline Floats load_first(const float* from, int64_t count) {
+  float all[WIDTH] = {};
+  for (int64_t i = 0; i < std::min(count, WIDTH); ++i) all[i] = from[i];
+  return load(all);
+}
+inline void store_first(float* to, Floats x, int64_t count) {
+  float all[WIDTH];
+  store(all, x);
+  for (int64_t i = 0; i < std::min(count, WIDTH); ++i) to[i] = all[i];
+}
 
 #endif
 
