@@ -10,6 +10,7 @@ import torch
 
 import kernel_cases
 from kernel_cases import int8_arguments
+from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import dispatch, reference
 from polyhead_core.kernels.cpu import build
 
@@ -39,6 +40,25 @@ def test_int8_rows_are_the_same_bits_alone_and_in_any_batch(seed: int) -> None:
     together = layer(x)
     for row in range(len(x)):
         assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("outliers", [1, 3, 16, 37, 70])
+def test_outlier_columns_in_any_number_and_order(outliers: int) -> None:
+    generator = torch.Generator().manual_seed(outliers)
+    columns = torch.randperm(70, generator=generator)[:outliers]
+    layer = Int8Linear.from_weight(torch.randn(41, 70, generator=generator), None, None, columns)
+    x = torch.randn(11, 70, generator=generator)
+    assert torch.equal(layer(x), reference.int8_linear(x, *int8_arguments(layer)))
+    packed = layer.packed()
+    assert packed is not None
+    assert torch.equal(packed.weight(), layer.weight)
+
+
+@pytest.mark.parametrize(("columns", "words"), [([3, 9, 3], "named twice"), ([70], "outlier column 70 of 70 inputs")])
+def test_outlier_columns_that_cannot_be_are_refused(columns: list[int], words: str) -> None:
+    weight = torch.zeros(8, 70, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=words):
+        dispatch.pack_linear(weight, torch.ones(8), None, torch.tensor(columns))
 
 
 def test_int8_linear_stays_within_the_quantisation_bound() -> None:

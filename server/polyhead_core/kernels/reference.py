@@ -27,6 +27,8 @@ def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 def int8_product(q_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """q W^T with int32 accumulation: exact, so a row's result never depends on the other rows."""
     if q_TI.device.type == "cpu":
+        if q_TI.shape[1] == 1:  # torch 2.13 leaves such a product unwritten
+            q_TI, weight_OI = _filled_up(q_TI, 1, 2), _filled_up(weight_OI, 1, 2)
         return torch._int_mm(q_TI, weight_OI.t())
     # cuBLAS wants more than 16 rows and widths that are multiples of 8; zeros add nothing to a sum of products.
     rows, out = q_TI.shape[0], weight_OI.shape[0]

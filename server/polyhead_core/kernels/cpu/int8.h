@@ -89,14 +89,15 @@ static_assert(!HAS_TILES || (BIASED_WEIGHTS && PANEL == 32), "tiles.h reads such
 // A frozen linear layer; several that read the same input may be one (their outputs side by side).
 struct PackedLinear : torch::CustomClassHolder {
   int64_t in, out, outliers;  // inputs, outputs, static outlier columns
-  int64_t depth, tail;        // inputs and outlier columns, each rounded up to QUAD
+  int64_t depth, tail;        // other inputs and outlier columns, each rounded up to QUAD
   at::Tensor panels;          // int8 num_panels x [depth + tail, PANEL], in quads: [.., QUAD k of output 0, of output 1, ..]
   at::Tensor scale;           // float [num_panels * PANEL]: absmax / 127
   at::Tensor bias;            // float [num_panels * PANEL]
   at::Tensor smooth;          // float [in], or empty: none
   at::Tensor inverse_smooth;  // 1 / smooth
+  at::Tensor columns;         // int32 [outliers], ascending
+  std::vector<int32_t> order;  // [depth + tail]: the input at each place of a panel; -1: none
   std::vector<uint16_t> kept;  // of each 16 inputs, those that are no outlier columns
-  at::Tensor columns;         // int32 [outliers]
   at::Tensor column_smooth = at::empty({0}), column_inverse_smooth = column_smooth;  // of them, as of all inputs
   bool lasting;
   ReusedResult results;
@@ -111,19 +112,20 @@ struct PackedLinear : torch::CustomClassHolder {
     out = weight.size(0), in = weight.size(1);
     TORCH_CHECK(!out || !in || weight.min().item<int>() >= -127,
                 "weights must lie in -127..127, where absmax quantisation puts them");
-    const at::Tensor given = outlier_columns ? outlier_columns->to(at::kLong).contiguous() : at::empty({0}, at::kLong);
-    columns = given.to(at::kInt);
+    columns = outlier_columns ? std::get<0>(outlier_columns->to(at::kInt).sort()).contiguous() : at::empty({0}, at::kInt);
     outliers = columns.numel();
-    for (int64_t k = 0; k < outliers; ++k) {
-      const int64_t column = given.const_data_ptr<int64_t>()[k];
-      TORCH_CHECK(0 <= column && column < in, "outlier column ", column, " of ", in, " inputs");
-    }
+    depth = round_up(in - outliers, QUAD), tail = round_up(outliers, QUAD);
+    order.assign(depth + tail, -1);
     kept.assign((in + 15) / 16, 0xffff);
+    const int32_t* column = columns.const_data_ptr<int32_t>();
     for (int64_t k = 0; k < outliers; ++k) {
-      const int32_t column = columns.const_data_ptr<int32_t>()[k];
-      kept[column / 16] &= static_cast<uint16_t>(~(1 << column % 16));
+      TORCH_CHECK(0 <= column[k] && column[k] < in, "outlier column ", column[k], " of ", in, " inputs");
+      TORCH_CHECK(k == 0 || column[k] != column[k - 1], "outlier column ", column[k], " is named twice");
+      order[depth + k] = column[k];
+      kept[column[k] / 16] &= static_cast<uint16_t>(~(1 << column[k] % 16));
     }
-    depth = round_up(in, QUAD), tail = round_up(outliers, QUAD);
+    for (int32_t i = 0, place = 0; i < in; ++i)
+      if (kept[i / 16] >> i % 16 & 1) order[place++] = i;
     TORCH_CHECK(absmax.numel() == out && (!input_scale || input_scale->numel() == in) && (!bias_ || bias_->numel() == out),
                 "absmax and bias must have ", out, " elements, input_scale ", in);
     smooth = input_scale ? input_scale->to(at::kFloat).contiguous() : at::empty({0});
@@ -151,18 +153,19 @@ struct PackedLinear : torch::CustomClassHolder {
     int8_t* to = unpacked.data_ptr<int8_t>();
     at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        for (int64_t k = 0; k < in; ++k) to[row * in + k] = flip_bias(panel(row / PANEL)[place(row % PANEL, k)]);
+        for (int64_t k = 0; k < depth + tail; ++k)
+          if (order[k] >= 0) to[row * in + order[k]] = flip_bias(panel(row / PANEL)[place(row % PANEL, k)]);
     });
     return unpacked;
   }
   const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
   int64_t num_bytes() const {
     return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes() +
-           2 * column_smooth.nbytes();
+           2 * column_smooth.nbytes() + order.size() * sizeof(order[0]) + kept.size() * sizeof(kept[0]);
   }
 
  private:
-  // Of output `o`'s input `k` in its panel.
+  // Where output `o`'s `k`-th input lies in its panel.
   static int64_t place(int64_t o, int64_t k) { return k / QUAD * QUAD * PANEL + o * QUAD + k % QUAD; }
   // Adds 128 or takes it off, which is the same.
   static int8_t flip_bias(int8_t value) {
@@ -170,21 +173,15 @@ struct PackedLinear : torch::CustomClassHolder {
   }
 
   void pack(const int8_t* weight) {
-    const int32_t* column = columns.const_data_ptr<int32_t>();
     int8_t* to = panels.data_ptr<int8_t>();
     at::parallel_for(0, num_panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        for (int64_t k = 0; k < depth + tail; ++k) {
-          const bool is_tail = k >= depth;
-          const int64_t index = is_tail ? k - depth : k;
-          const bool exists = index < (is_tail ? outliers : in);
-          const int64_t source = exists && is_tail ? column[index] : index;
+        for (int64_t k = 0; k < depth + tail; ++k)
           for (int64_t o = 0; o < PANEL; ++o) {
             const int64_t row = p * PANEL + o;
-            const int8_t value = exists && row < out ? weight[row * in + source] : int8_t{0};
+            const int8_t value = order[k] >= 0 && row < out ? weight[row * in + order[k]] : int8_t{0};
             to[p * panel_bytes() + place(o, k)] = flip_bias(value);
           }
-        }
     });
   }
 };
@@ -210,7 +207,7 @@ struct QuantizeScratch {
   Buffer<int8_t> q;
 
   void resize(int64_t in, int64_t outliers) {
-    grow(row, round_up(in, WIDTH));
+    grow(row, round_up(in, WIDTH) + WIDTH);
     grow(q, in + PART);
     grow(large, round_up(outliers, WIDTH));
   }
@@ -282,9 +279,10 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
     Floats values = _mm512_maskz_loadu_ps(mask, x + i);
     if (is_smoothed) values = smoothed(values, mask, smooth + i, inverse + i);
     magnitude.add(values);
-    store(row + i, values);
+    store(row, _mm512_maskz_compress_ps(mask, values));
+    row += std::popcount(mask);
   }
-  quantize_part(row, linear.in, magnitude.value(), quads, scales[0], sums[0]);
+  quantize_part(scratch.row.data(), linear.in - linear.outliers, magnitude.value(), quads, scales[0], sums[0]);
 }
 
 #else
@@ -326,15 +324,17 @@ inline void quantize(const PackedLinear& linear, const float* x, QuantizeScratch
     const int32_t* column = linear.columns.const_data_ptr<int32_t>();
     float* large = scratch.large.data();
     int8_t* high = quads + linear.main_bytes();
+    float* to_row = row + column[0];
     for (int64_t k = 0; k < linear.outliers; ++k) {
       large[k] = row[column[k]];
-      row[column[k]] = 0;
+      const int64_t next = k + 1 < linear.outliers ? column[k + 1] : linear.in;
+      to_row = std::copy(row + column[k] + 1, row + next, to_row);
     }
     scales[1] = quantize_part(large, linear.outliers, q, high);
     for (int64_t k = 0; k < linear.outliers; ++k) large[k] = large[k] - static_cast<float>(q[k]) * scales[1];
     scales[2] = quantize_part(large, linear.outliers, q, high + linear.tail_bytes());
   }
-  scales[0] = quantize_part(row, linear.in, q, quads);
+  scales[0] = quantize_part(row, linear.in - linear.outliers, q, quads);
 }
 
 #endif
@@ -519,7 +519,7 @@ inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, 
     const int64_t end = std::min(rows, begin + block), tiles = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t panel = first; panel < last; ++panel) {
       // The next panel comes from memory meanwhile, evenly.
-      Ahead ahead{linear.panel(panel) + linear.panel_bytes(), linear.panel_bytes() / (tiles * quads) + 1};
+      Ahead ahead{linear.panel(panel) + linear.panel_bytes(), linear.panel_bytes() / std::max<int64_t>(1, tiles * quads) + 1};
       for (int64_t r = begin; r < end; r += MAX_ROWS, ahead.data += ahead.step * quads)
         tile_of<MAX_ROWS>(end - r, linear, x, r, panel, ahead, y, y_stride, accumulate);
     }
