@@ -21,6 +21,7 @@ from polyhead_core.kernels.tables import UNIT, AdapterTables
 from polyhead_server.engine.attention import BATCH_ARGUMENT, AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.common_layer import LINEARS, CommonLayer, side_by_side, take_apart
+from polyhead_server.engine.rotary_table import RotaryTable
 from polyhead_server.kvcache.pool import KVPool
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,10 @@ class DirectForward:
     The module tree around the layers costs a millisecond a step; it is replaced only where both give the same logits.
     """
 
-    def __init__(self, model: Any, decoder: Any, layers: FusedLayers) -> None:
-        self._embed, self._rotary, self._norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+    def __init__(self, model: Any, decoder: Any, layers: FusedLayers, num_positions: int) -> None:
+        self._embed, self._norm = decoder.embed_tokens, decoder.norm
+        hidden = self._embed(torch.zeros(1, 1, dtype=torch.int64, device=self._embed.weight.device))
+        self._rotary = RotaryTable.of(decoder.rotary_emb, hidden, num_positions) or decoder.rotary_emb
         self._head = model.get_output_embeddings()
         self._layers = layers
 
@@ -120,7 +123,7 @@ class DirectForward:
         hidden = self._embed(batch.token_ids.unsqueeze(0))
         tables = self._rotary(hidden, position_ids=batch.positions.unsqueeze(0))
         hidden = self._layers(hidden, position_embeddings=tables, **{BATCH_ARGUMENT: batch})
-        logits: Tensor = self._head(self._norm(hidden[:, batch.logit_rows]))[0]
+        logits: Tensor = self._head(self._norm(hidden.index_select(1, batch.logit_rows)))[0]
         return logits
 
     @classmethod
@@ -130,7 +133,8 @@ class DirectForward:
         decoder = model.get_submodule(path.rpartition(".")[0])
         if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb", "norm")):
             return None
-        direct = cls(model, decoder, layers)
+        num_positions = min(backbone.max_position_embeddings, batch.kv.num_blocks * batch.kv.shape.block_size)
+        direct = cls(model, decoder, layers, num_positions)
         if torch.allclose(direct(batch), run_tree(backbone, batch), rtol=1e-4, atol=1e-4):
             return direct
         logger.info("%s does more than its parts say: its module tree is kept", backbone.architecture)
