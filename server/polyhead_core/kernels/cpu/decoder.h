@@ -200,9 +200,15 @@ struct DecoderStack : torch::CustomClassHolder {
                const AdapterTables& tables, const A* arena, const Member& member) {
     const PackedLinear& linear = *one.linear;
     const bool adapted = acts(tables, rows.groups, one.parts);
-    if (adapted) shrink(tables, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
+    // Adapters' pages are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with
+    // the other.
+    const auto shrink_where = [&](bool here) {
+      if (adapted && here) shrink(tables, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
+    };
+    shrink_where(member.rank % 2 == 0);
     const auto [first, last] = member.share(linear.num_panels());
     multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
+    shrink_where(member.rank % 2 == 1);
     if (adapted) {
       member.wait();
       const int64_t end = std::min(last * PANEL, linear.out);
