@@ -57,7 +57,8 @@ def main() -> None:
     if not options.systems:
         fast = options.device != "cpu" or MULTIPLIES_BFLOAT16 & set(facts["isa"])
         dtypes = ("float32", "bfloat16") if fast else ("float32",)
-        options.systems = [f"{OURS} int8", *(f"{kind} {dtype}" for dtype in dtypes for kind in KINDS)]
+        int8 = [f"{OURS} int8", f"{OURS} int8 bfloat16"] if fast else [f"{OURS} int8"]
+        options.systems = [*int8, *(f"{kind} {dtype}" for dtype in dtypes for kind in KINDS)]
     if any("TRL" in system for system in options.systems) and find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install -c constraints.txt 'polyhead[oracles]', or leave it out")
     say_if_busy(facts)
@@ -119,9 +120,10 @@ def utilization(options: argparse.Namespace, model: nn.Module, work: Work, token
 
     from polyhead_trainer.utilization import count_flops, multiplied_dtypes, peak_of
 
-    kind = options.worker.rpartition(" ")[2]
+    words = options.worker.split()
     own = "float32" if options.device == "cpu" else "bfloat16"
-    dtype, quantization = (own, "int8") if kind == "int8" else (kind, "none")
+    dtype = next((word for word in words if word in ("float32", "bfloat16")), own)
+    quantization = "int8" if "int8" in words else "none"
     peak = peak_of(torch.device(options.device), multiplied_dtypes(getattr(torch, dtype), quantization), 1)
     flops = count_flops(model)
     assert flops is not None

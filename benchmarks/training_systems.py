@@ -195,6 +195,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
 
 SYSTEMS: dict[str, Callable[[Work], Trained]] = {
     "polyhead int8": lambda work: train_polyhead(work, quantization="int8", dtype="auto"),
+    "polyhead int8 bfloat16": lambda work: train_polyhead(work, quantization="int8", dtype="bfloat16"),
     "polyhead compiled int8": lambda work: train_polyhead(work, quantization="int8", dtype="auto", compiled=True),
     "polyhead float32": lambda work: train_polyhead(work, quantization="none", dtype="float32"),
     "polyhead compiled float32": lambda work: train_polyhead(work, quantization="none", dtype="float32", compiled=True),

@@ -29,7 +29,7 @@ from polyhead_trainer.data import EncodedExample, Example
 from polyhead_trainer.loop import StepReport, TrainingLoop, accumulate_gradients
 from polyhead_trainer.objectives import CompletionObjective
 from polyhead_trainer.objectives.label_logits import label_logits
-from polyhead_trainer.packing import packed_attention, prepare_packing
+from polyhead_trainer.packing import QUICKER_IN_FLOAT32, packed_attention, prepare_packing
 from tiny import CONFIGS, TARGETS, VOCAB, reference_model, save_backbone
 
 PAD = 2
@@ -69,6 +69,22 @@ def losses(model: nn.Module, examples: list[EncodedExample]) -> list[Tensor]:
     batch = pack(examples)
     each = F.cross_entropy(label_logits(model, batch), batch.targets_N, reduction="none")
     return list(each.split([example.num_labels for example in examples]))
+
+
+def test_packed_attention_in_bfloat16_is_as_exact_as_its_type_forward_and_backward() -> None:
+    lengths = [1, 5, 64, QUICKER_IN_FLOAT32 + 8]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, gradient = torch.randn(4, 1, 4, sum(lengths), 16, generator=generator).bfloat16()
+    inputs = [query, key[:, :2], value[:, :2]]
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        given = [one.to(dtype).requires_grad_() for one in inputs]
+        out, _ = packed_attention(nn.Module(), *given, None, example_lengths=lengths)
+        return [out, *torch.autograd.grad(out, given, gradient.to(dtype).transpose(1, 2))]
+
+    for found, exact in zip(results(torch.bfloat16), results(torch.float32), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - exact).norm() <= 0.01 * exact.norm()
 
 
 def test_a_packed_row_learns_each_example_as_if_alone() -> None:
