@@ -28,12 +28,12 @@ struct AdapterTables {
       TORCH_CHECK(table.scalar_type() == at::kInt && table.is_contiguous(), "page tables must be contiguous int32");
   }
 
-  int64_t max_pages() const { return pages.size(2); }
+  int64_t num_sites() const { return num_pages.size(1); }
   int64_t count(int64_t slot, int64_t site) const {
     return num_pages.const_data_ptr<int32_t>()[slot * num_pages.size(1) + site];
   }
   const int32_t* page(int64_t slot, int64_t site, int64_t p) const {
-    return pages.const_data_ptr<int32_t>() + ((slot * num_pages.size(1) + site) * max_pages() + p) * 2;
+    return pages.const_data_ptr<int32_t>() + ((slot * num_pages.size(1) + site) * pages.size(2) + p) * 2;
   }
   int64_t bias_unit(int64_t slot, int64_t site) const {
     return bias.const_data_ptr<int32_t>()[slot * num_pages.size(1) + site];
@@ -67,6 +67,39 @@ struct SlotGroups {
   }
 };
 
+// What the groups have at the sites [first, last), site after site. The tables hold it slot after slot, where the groups of
+// one site lie far apart.
+class GroupSites {
+ public:
+  GroupSites(const AdapterTables& tables, const std::vector<SlotGroup>& groups, int64_t first, int64_t last)
+      : first_(first), groups_(groups.size()) {
+    counts_.resize((last - first) * groups_), biases_.resize(counts_.size());
+    for (int64_t g = 0; g < groups_; ++g)
+      for (int64_t site = first; site < last; ++site) {
+        counts_[at(g, site)] = static_cast<int32_t>(tables.count(groups[g].slot, site));
+        biases_[at(g, site)] = static_cast<int32_t>(tables.bias_unit(groups[g].slot, site));
+        most_ = std::max<int64_t>(most_, counts_[at(g, site)]);
+      }
+    units_.resize(counts_.size() * most_ * 2);
+    for (int64_t g = 0; g < groups_; ++g)
+      for (int64_t site = first; site < last; ++site)
+        std::copy_n(tables.page(groups[g].slot, site, 0), 2 * counts_[at(g, site)], units_.data() + at(g, site) * most_ * 2);
+  }
+
+  int64_t most_pages() const { return most_; }
+  int64_t count(int64_t group, int64_t site) const { return counts_[at(group, site)]; }
+  int64_t bias_unit(int64_t group, int64_t site) const { return biases_[at(group, site)]; }
+  const int32_t* page(int64_t group, int64_t site, int64_t p) const {
+    return units_.data() + (at(group, site) * most_ + p) * 2;
+  }
+
+ private:
+  int64_t at(int64_t group, int64_t site) const { return (site - first_) * groups_ + group; }
+
+  int64_t first_, groups_, most_ = 0;
+  std::vector<int32_t> counts_, biases_, units_;
+};
+
 // A site whose outputs are the columns [column, column + width) of a layer's result.
 struct SitePart {
   int64_t site, column, width;
@@ -86,10 +119,10 @@ struct Shrunk {
   }
 };
 
-inline bool acts(const AdapterTables& tables, const SlotGroups& rows, const std::vector<SitePart>& parts) {
-  for (const SlotGroup& group : rows.groups)
-    for (const SitePart& part : parts)
-      if (tables.count(group.slot, part.site) > 0 || tables.bias_unit(group.slot, part.site) >= 0) return true;
+inline bool acts(const GroupSites& sites, const SlotGroups& rows, const std::vector<SitePart>& parts) {
+  for (const SitePart& part : parts)
+    for (size_t g = 0; g < rows.groups.size(); ++g)
+      if (sites.count(g, part.site) > 0 || sites.bias_unit(g, part.site) >= 0) return true;
   return false;
 }
 
@@ -118,17 +151,17 @@ inline void shrink_row(const A* a, const A* next, const float* x, int64_t in, fl
 
 // x [rows, in]; this member's share of h.
 template <typename A>
-void shrink(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
+void shrink(const GroupSites& sites, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
             const float* x, int64_t in, Shrunk& h, const Member& member) {
   static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
   items.clear();
   int64_t index = 0;
-  for (const SlotGroup& group : rows.groups)
+  for (size_t g = 0; g < rows.groups.size(); ++g)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
-      const int64_t site = parts[part].site, count = tables.count(group.slot, site);
+      const int64_t site = parts[part].site, count = sites.count(g, site);
       for (int64_t page = 0; page < count; ++page)
         if (index++ % member.size == member.rank)
-          items.push_back({arena + tables.page(group.slot, site, page)[0] * UNIT, &group, part, page});
+          items.push_back({arena + sites.page(g, site, page)[0] * UNIT, &rows.groups[g], part, page});
     }
   for (size_t n = 0; n < items.size(); ++n) {
     const PageItem<A>& item = items[n];
@@ -159,19 +192,20 @@ inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int
 
 // Adds to the columns [first, last) of y [rows, y_stride].
 template <typename A>
-void expand(const AdapterTables& tables, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
+void expand(const GroupSites& sites, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
             Shrunk& h, float* y, int64_t y_stride, int64_t first, int64_t last) {
   static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
   items.clear();
-  for (const SlotGroup& group : rows.groups)
+  for (size_t g = 0; g < rows.groups.size(); ++g)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
+      const SlotGroup& group = rows.groups[g];
       const SitePart& at = parts[part];
       const int64_t begin = std::max(first, at.column), end = std::min(last, at.column + at.width);
       if (begin >= end) continue;
-      const int64_t count = tables.count(group.slot, at.site);
+      const int64_t count = sites.count(g, at.site);
       for (int64_t page = 0; page < count; ++page)
-        items.push_back({arena + tables.page(group.slot, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
-      if (const int64_t unit = tables.bias_unit(group.slot, at.site); unit >= 0)
+        items.push_back({arena + sites.page(g, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
+      if (const int64_t unit = sites.bias_unit(g, at.site); unit >= 0)
         items.push_back({arena + unit * UNIT + begin - at.column, &group, part, BIAS});
     }
   for (size_t n = 0; n < items.size(); ++n) {
@@ -193,16 +227,17 @@ void expand(const AdapterTables& tables, const A* arena, const SlotGroups& rows,
 inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const float* x, int64_t rows,
                               int64_t in, float* y, int64_t out) {
   const SlotGroups groups(slots, rows);
+  const GroupSites sites(tables, groups.groups, site, site + 1);
   const std::vector<SitePart> parts{{site, 0, out}};
-  if (!acts(tables, groups, parts)) return;
+  if (!acts(sites, groups, parts)) return;
   Shrunk h;
-  h.resize(rows, 1, tables.max_pages());
+  h.resize(rows, 1, sites.most_pages());
   tables.with_arena([&](const auto* arena) {
     with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
-      shrink(tables, arena, groups, parts, x, in, h, member);
+      shrink(sites, arena, groups, parts, x, in, h, member);
       member.wait();
       const auto [first, last] = member.share(out, WIDTH);
-      expand(tables, arena, groups, parts, h, y, out, first, last);
+      expand(sites, arena, groups, parts, h, y, out, first, last);
     });
   });
 }

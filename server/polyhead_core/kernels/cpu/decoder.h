@@ -42,6 +42,7 @@ struct Rows {
   int64_t max_blocks;
   std::vector<QueryTile> tiles;
   SlotGroups groups;
+  GroupSites sites;
 };
 
 // Where the time of the first member of the team goes, waiting at barriers included.
@@ -122,16 +123,19 @@ struct DecoderStack : torch::CustomClassHolder {
     // A layer runs over some rows after the other, so that what passes from one phase to the next stays in the caches. Keys
     // and values that a row sees belong to itself and to rows before it.
     std::vector<Rows> blocks;
+    int64_t most_pages = 0;
     for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
       const int64_t count = std::min(BLOCK_ROWS, rows - begin);
+      const SlotGroups groups(slots.const_data_ptr<int32_t>() + begin, count);
       blocks.push_back({x.data_ptr<float>() + begin * hidden, count, cos.const_data_ptr<float>() + begin * cos.size(1),
                         sin.const_data_ptr<float>() + begin * cos.size(1), cos.size(1), position + begin,
                         slot_mapping.const_data_ptr<int64_t>() + begin, block_tables.const_data_ptr<int32_t>(),
                         block_tables.size(1),
                         query_tiles(sequence.const_data_ptr<int32_t>() + begin, position + begin, count),
-                        SlotGroups(slots.const_data_ptr<int32_t>() + begin, count)});
+                        groups, GroupSites(tables, groups.groups, 0, tables.num_sites())});
+      most_pages = std::max(most_pages, blocks.back().sites.most_pages());
     }
-    reserve(std::min(BLOCK_ROWS, rows), tables.max_pages());
+    reserve(std::min(BLOCK_ROWS, rows), most_pages);
     next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size() * blocks.size());
     tables.with_arena([&](const auto* weights) {
       with_team(rows * hidden < 64, [&](const Member& member) {
@@ -142,7 +146,7 @@ struct DecoderStack : torch::CustomClassHolder {
         std::atomic<int64_t>* next = next_tile.get();
         for (int64_t index = first; index < last; ++index)
           for (const Rows& block : blocks)
-            run_layer(layers[index], block, tables, weights, *next++, scratch, attention, member, clock);
+            run_layer(layers[index], block, weights, *next++, scratch, attention, member, clock);
         if (member.rank == 0)
           for (size_t phase = 0; phase < PHASES.size(); ++phase) seconds[phase] += clock.seconds[phase];
       });
@@ -197,13 +201,13 @@ struct DecoderStack : torch::CustomClassHolder {
   // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form.
   template <typename A>
   void product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
-               const AdapterTables& tables, const A* arena, const Member& member) {
+               const A* arena, const Member& member) {
     const PackedLinear& linear = *one.linear;
-    const bool adapted = acts(tables, rows.groups, one.parts);
+    const bool adapted = acts(rows.sites, rows.groups, one.parts);
     // Adapters' pages are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with
     // the other.
     const auto shrink_where = [&](bool here) {
-      if (adapted && here) shrink(tables, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
+      if (adapted && here) shrink(rows.sites, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
     };
     shrink_where(member.rank % 2 == 0);
     const auto [first, last] = member.share(linear.num_panels());
@@ -212,13 +216,13 @@ struct DecoderStack : torch::CustomClassHolder {
     if (adapted) {
       member.wait();
       const int64_t end = std::min(last * PANEL, linear.out);
-      expand(tables, arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
+      expand(rows.sites, arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
     }
     member.wait();
   }
 
   template <typename A>
-  void run_layer(const DecoderLayer& layer, const Rows& rows, const AdapterTables& tables, const A* arena,
+  void run_layer(const DecoderLayer& layer, const Rows& rows, const A* arena,
                  std::atomic<int64_t>& next, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
                  PhaseClock& clock) {
     float* x = rows.x;
@@ -226,7 +230,7 @@ struct DecoderStack : torch::CustomClassHolder {
     norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
     member.wait();
     clock.lap(0);
-    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, tables, arena, member);
+    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, member);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) rotate_and_write(layer, keys, values, rows, r);
@@ -243,17 +247,17 @@ struct DecoderStack : torch::CustomClassHolder {
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
     clock.lap(4);
-    product(layer.output, attended.data(), x, true, rows, tables, arena, member);
+    product(layer.output, attended.data(), x, true, rows, arena, member);
     clock.lap(5);
     norm_rows(layer.post_norm, *layer.gate_up.linear, x, begin, end, scratch);
     member.wait();
     clock.lap(6);
-    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, tables, arena, member);
+    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, member);
     clock.lap(7);
     for (int64_t r = begin; r < end; ++r) activate(layer, r, scratch);
     member.wait();
     clock.lap(8);
-    product(layer.down, activated.data(), x, true, rows, tables, arena, member);
+    product(layer.down, activated.data(), x, true, rows, arena, member);
     clock.lap(9);
   }
 
