@@ -169,6 +169,19 @@ def test_examples_stay_apart_when_activations_are_recomputed(tmp_path: Path) -> 
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_int8_with_bfloat16_activations_is_packed_as_exactly_as_it_rounds(tmp_path: Path, kind: str) -> None:
+    directory = save_backbone(kind, tmp_path / kind)
+    backbone = load_backbone(
+        str(directory), quantization="int8", dtype="bfloat16", cache_dir=tmp_path / "cache", calibrate=False
+    )
+    model = methods.tune(backbone, LoraSettings(rank=4, target_modules=TARGETS[kind]), seed=0).model
+    padded = accumulate_gradients(model, CompletionObjective(PAD), EXAMPLES, len(EXAMPLES))
+    prepare_packing(model, EXAMPLES, PAD)
+    packed = accumulate_gradients(model, CompletionObjective(PAD, packing=True), EXAMPLES, len(EXAMPLES))
+    assert packed == pytest.approx(padded, rel=0.02)
+
+
 def test_a_run_with_packing_learns_as_one_without(tmp_path: Path) -> None:
     curves = []
     for packing in (False, True):

@@ -37,7 +37,8 @@ class BackboneSection(Section):
     """`int8`: the very layers that the server runs; `llm.int8`: bitsandbytes' LLM.int8; `nf4`: QLoRA's four bits, its
     constants quantised as well, on CUDA; `none`: weights in `dtype`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16."""
+    """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16.
+    On a CPU that multiplies bfloat16 itself, int8 trains 1.5 times as fast with it (Zen 5)."""
     device: Annotated[str, AfterValidator(_of_known_kind)] = "cpu"
     """`cpu`, `cuda`, or `cuda:N` for one GPU of several."""
     cache_dir: Path | None = None
