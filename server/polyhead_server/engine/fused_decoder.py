@@ -111,10 +111,8 @@ class DirectForward:
     The module tree around the layers costs a millisecond a step; it is replaced only where both give the same logits.
     """
 
-    def __init__(self, model: Any, decoder: Any, layers: FusedLayers, num_positions: int) -> None:
-        self._embed, self._norm = decoder.embed_tokens, decoder.norm
-        hidden = self._embed(torch.zeros(1, 1, dtype=torch.int64, device=self._embed.weight.device))
-        self._rotary = RotaryTable.of(decoder.rotary_emb, hidden, num_positions) or decoder.rotary_emb
+    def __init__(self, model: Any, decoder: Any, layers: FusedLayers, rotary: Any) -> None:
+        self._embed, self._rotary, self._norm = decoder.embed_tokens, rotary, decoder.norm
         self._head = model.get_output_embeddings()
         self._layers = layers
 
@@ -134,7 +132,9 @@ class DirectForward:
         if not all(hasattr(decoder, name) for name in ("embed_tokens", "rotary_emb", "norm")):
             return None
         num_positions = min(backbone.max_position_embeddings, batch.kv.num_blocks * batch.kv.shape.block_size)
-        direct = cls(model, decoder, layers, num_positions)
+        hidden = decoder.embed_tokens(batch.token_ids.unsqueeze(0))
+        rotary = RotaryTable.of(decoder.rotary_emb, hidden, num_positions) or decoder.rotary_emb
+        direct = cls(model, decoder, layers, rotary)
         if torch.allclose(direct(batch), run_tree(backbone, batch), rtol=1e-4, atol=1e-4):
             return direct
         logger.info("%s does more than its parts say: its module tree is kept", backbone.architecture)

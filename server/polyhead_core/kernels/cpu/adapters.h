@@ -51,11 +51,15 @@ struct SlotGroup {
   int64_t slot, begin, end;
 };
 
-struct SlotGroups {
+// Rows sorted by slot, and what the groups have at the sites [first, last), site after site: the tables hold it slot after
+// slot, where the groups of one site lie far apart.
+class SlotGroups {
+ public:
   std::vector<int64_t> order;
   std::vector<SlotGroup> groups;  // without slot -1
 
-  SlotGroups(const int32_t* slots, int64_t rows) : order(rows) {
+  SlotGroups(const AdapterTables& tables, int64_t first, int64_t last, const int32_t* slots, int64_t rows)
+      : order(rows), first_(first) {
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
     for (int64_t i = 0; i < rows; ++i) {
@@ -64,39 +68,32 @@ struct SlotGroups {
       if (groups.empty() || groups.back().slot != slot) groups.push_back({slot, i, i});
       groups.back().end = i + 1;
     }
-  }
-};
-
-// What the groups have at the sites [first, last), site after site. The tables hold it slot after slot, where the groups of
-// one site lie far apart.
-class GroupSites {
- public:
-  GroupSites(const AdapterTables& tables, const std::vector<SlotGroup>& groups, int64_t first, int64_t last)
-      : first_(first), groups_(groups.size()) {
-    counts_.resize((last - first) * groups_), biases_.resize(counts_.size());
-    for (int64_t g = 0; g < groups_; ++g)
+    counts_.resize((last - first) * size()), biases_.resize(counts_.size());
+    for (int64_t g = 0; g < size(); ++g)
       for (int64_t site = first; site < last; ++site) {
         counts_[at(g, site)] = static_cast<int32_t>(tables.count(groups[g].slot, site));
         biases_[at(g, site)] = static_cast<int32_t>(tables.bias_unit(groups[g].slot, site));
-        most_ = std::max<int64_t>(most_, counts_[at(g, site)]);
+        most_pages_ = std::max<int64_t>(most_pages_, counts_[at(g, site)]);
       }
-    units_.resize(counts_.size() * most_ * 2);
-    for (int64_t g = 0; g < groups_; ++g)
+    units_.resize(counts_.size() * most_pages_ * 2);
+    for (int64_t g = 0; g < size(); ++g)
       for (int64_t site = first; site < last; ++site)
-        std::copy_n(tables.page(groups[g].slot, site, 0), 2 * counts_[at(g, site)], units_.data() + at(g, site) * most_ * 2);
+        std::copy_n(tables.page(groups[g].slot, site, 0), 2 * counts_[at(g, site)],
+                    units_.data() + at(g, site) * most_pages_ * 2);
   }
 
-  int64_t most_pages() const { return most_; }
+  int64_t size() const { return groups.size(); }
+  int64_t most_pages() const { return most_pages_; }
   int64_t count(int64_t group, int64_t site) const { return counts_[at(group, site)]; }
   int64_t bias_unit(int64_t group, int64_t site) const { return biases_[at(group, site)]; }
   const int32_t* page(int64_t group, int64_t site, int64_t p) const {
-    return units_.data() + (at(group, site) * most_ + p) * 2;
+    return units_.data() + (at(group, site) * most_pages_ + p) * 2;
   }
 
  private:
-  int64_t at(int64_t group, int64_t site) const { return (site - first_) * groups_ + group; }
+  int64_t at(int64_t group, int64_t site) const { return (site - first_) * size() + group; }
 
-  int64_t first_, groups_, most_ = 0;
+  int64_t first_, most_pages_ = 0;
   std::vector<int32_t> counts_, biases_, units_;
 };
 
@@ -119,10 +116,10 @@ struct Shrunk {
   }
 };
 
-inline bool acts(const GroupSites& sites, const SlotGroups& rows, const std::vector<SitePart>& parts) {
+inline bool acts(const SlotGroups& rows, const std::vector<SitePart>& parts) {
   for (const SitePart& part : parts)
-    for (size_t g = 0; g < rows.groups.size(); ++g)
-      if (sites.count(g, part.site) > 0 || sites.bias_unit(g, part.site) >= 0) return true;
+    for (int64_t g = 0; g < rows.size(); ++g)
+      if (rows.count(g, part.site) > 0 || rows.bias_unit(g, part.site) >= 0) return true;
   return false;
 }
 
@@ -151,17 +148,17 @@ inline void shrink_row(const A* a, const A* next, const float* x, int64_t in, fl
 
 // x [rows, in]; this member's share of h.
 template <typename A>
-void shrink(const GroupSites& sites, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
-            const float* x, int64_t in, Shrunk& h, const Member& member) {
+void shrink(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, Shrunk& h,
+            const Member& member) {
   static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
   items.clear();
   int64_t index = 0;
-  for (size_t g = 0; g < rows.groups.size(); ++g)
+  for (int64_t g = 0; g < rows.size(); ++g)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
-      const int64_t site = parts[part].site, count = sites.count(g, site);
+      const int64_t site = parts[part].site, count = rows.count(g, site);
       for (int64_t page = 0; page < count; ++page)
         if (index++ % member.size == member.rank)
-          items.push_back({arena + sites.page(g, site, page)[0] * UNIT, &rows.groups[g], part, page});
+          items.push_back({arena + rows.page(g, site, page)[0] * UNIT, &rows.groups[g], part, page});
     }
   for (size_t n = 0; n < items.size(); ++n) {
     const PageItem<A>& item = items[n];
@@ -192,20 +189,20 @@ inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int
 
 // Adds to the columns [first, last) of y [rows, y_stride].
 template <typename A>
-void expand(const GroupSites& sites, const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts,
-            Shrunk& h, float* y, int64_t y_stride, int64_t first, int64_t last) {
+void expand(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, Shrunk& h, float* y, int64_t y_stride,
+            int64_t first, int64_t last) {
   static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
   items.clear();
-  for (size_t g = 0; g < rows.groups.size(); ++g)
+  for (int64_t g = 0; g < rows.size(); ++g)
     for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
       const SlotGroup& group = rows.groups[g];
       const SitePart& at = parts[part];
       const int64_t begin = std::max(first, at.column), end = std::min(last, at.column + at.width);
       if (begin >= end) continue;
-      const int64_t count = sites.count(g, at.site);
+      const int64_t count = rows.count(g, at.site);
       for (int64_t page = 0; page < count; ++page)
-        items.push_back({arena + sites.page(g, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
-      if (const int64_t unit = sites.bias_unit(g, at.site); unit >= 0)
+        items.push_back({arena + rows.page(g, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
+      if (const int64_t unit = rows.bias_unit(g, at.site); unit >= 0)
         items.push_back({arena + unit * UNIT + begin - at.column, &group, part, BIAS});
     }
   for (size_t n = 0; n < items.size(); ++n) {
@@ -226,18 +223,17 @@ void expand(const GroupSites& sites, const A* arena, const SlotGroups& rows, con
 // y [rows, out] += the products of one site; x [rows, in].
 inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const float* x, int64_t rows,
                               int64_t in, float* y, int64_t out) {
-  const SlotGroups groups(slots, rows);
-  const GroupSites sites(tables, groups.groups, site, site + 1);
+  const SlotGroups groups(tables, site, site + 1, slots, rows);
   const std::vector<SitePart> parts{{site, 0, out}};
-  if (!acts(sites, groups, parts)) return;
+  if (!acts(groups, parts)) return;
   Shrunk h;
-  h.resize(rows, 1, sites.most_pages());
+  h.resize(rows, 1, groups.most_pages());
   tables.with_arena([&](const auto* arena) {
     with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
-      shrink(sites, arena, groups, parts, x, in, h, member);
+      shrink(arena, groups, parts, x, in, h, member);
       member.wait();
       const auto [first, last] = member.share(out, WIDTH);
-      expand(sites, arena, groups, parts, h, y, out, first, last);
+      expand(arena, groups, parts, h, y, out, first, last);
     });
   });
 }

@@ -42,7 +42,6 @@ struct Rows {
   int64_t max_blocks;
   std::vector<QueryTile> tiles;
   SlotGroups groups;
-  GroupSites sites;
 };
 
 // Where the time of the first member of the team goes, waiting at barriers included.
@@ -126,14 +125,13 @@ struct DecoderStack : torch::CustomClassHolder {
     int64_t most_pages = 0;
     for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
       const int64_t count = std::min(BLOCK_ROWS, rows - begin);
-      const SlotGroups groups(slots.const_data_ptr<int32_t>() + begin, count);
       blocks.push_back({x.data_ptr<float>() + begin * hidden, count, cos.const_data_ptr<float>() + begin * cos.size(1),
                         sin.const_data_ptr<float>() + begin * cos.size(1), cos.size(1), position + begin,
                         slot_mapping.const_data_ptr<int64_t>() + begin, block_tables.const_data_ptr<int32_t>(),
                         block_tables.size(1),
                         query_tiles(sequence.const_data_ptr<int32_t>() + begin, position + begin, count),
-                        groups, GroupSites(tables, groups.groups, 0, tables.num_sites())});
-      most_pages = std::max(most_pages, blocks.back().sites.most_pages());
+                        SlotGroups(tables, 0, tables.num_sites(), slots.const_data_ptr<int32_t>() + begin, count)});
+      most_pages = std::max(most_pages, blocks.back().groups.most_pages());
     }
     reserve(std::min(BLOCK_ROWS, rows), most_pages);
     next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size() * blocks.size());
@@ -203,11 +201,11 @@ struct DecoderStack : torch::CustomClassHolder {
   void product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
                const A* arena, const Member& member) {
     const PackedLinear& linear = *one.linear;
-    const bool adapted = acts(rows.sites, rows.groups, one.parts);
+    const bool adapted = acts(rows.groups, one.parts);
     // Adapters' pages are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with
     // the other.
     const auto shrink_where = [&](bool here) {
-      if (adapted && here) shrink(rows.sites, arena, rows.groups, one.parts, x, linear.in, shrunk, member);
+      if (adapted && here) shrink(arena, rows.groups, one.parts, x, linear.in, shrunk, member);
     };
     shrink_where(member.rank % 2 == 0);
     const auto [first, last] = member.share(linear.num_panels());
@@ -216,7 +214,7 @@ struct DecoderStack : torch::CustomClassHolder {
     if (adapted) {
       member.wait();
       const int64_t end = std::min(last * PANEL, linear.out);
-      expand(rows.sites, arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
+      expand(arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
     }
     member.wait();
   }

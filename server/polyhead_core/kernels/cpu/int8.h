@@ -112,16 +112,18 @@ struct PackedLinear : torch::CustomClassHolder {
     out = weight.size(0), in = weight.size(1);
     TORCH_CHECK(!out || !in || weight.min().item<int>() >= -127,
                 "weights must lie in -127..127, where absmax quantisation puts them");
-    columns = outlier_columns ? std::get<0>(outlier_columns->to(at::kInt).sort()).contiguous() : at::empty({0}, at::kInt);
+    const at::Tensor given =
+        outlier_columns ? std::get<0>(outlier_columns->to(at::kLong).sort()).contiguous() : at::empty({0}, at::kLong);
+    columns = given.to(at::kInt);
     outliers = columns.numel();
     depth = round_up(in - outliers, QUAD), tail = round_up(outliers, QUAD);
     order.assign(depth + tail, -1);
     kept.assign((in + 15) / 16, 0xffff);
-    const int32_t* column = columns.const_data_ptr<int32_t>();
+    const int64_t* column = given.const_data_ptr<int64_t>();
     for (int64_t k = 0; k < outliers; ++k) {
       TORCH_CHECK(0 <= column[k] && column[k] < in, "outlier column ", column[k], " of ", in, " inputs");
       TORCH_CHECK(k == 0 || column[k] != column[k - 1], "outlier column ", column[k], " is named twice");
-      order[depth + k] = column[k];
+      order[depth + k] = static_cast<int32_t>(column[k]);
       kept[column[k] / 16] &= static_cast<uint16_t>(~(1 << column[k] % 16));
     }
     for (int32_t i = 0, place = 0; i < in; ++i)
