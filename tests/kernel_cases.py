@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 import torch
+from torch.utils import cpp_extension
 
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(cpp_extension.get_cxx_compiler()) is None, reason="no C++ compiler: only the reference runs"
+)
+"""By the compiler, not by whether the kernels could be built: sources that do not compile are to fail."""
 
 
 def seeded(seed: int) -> torch.Generator:

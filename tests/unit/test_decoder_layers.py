@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from decoder_cases import decoder_case
-from polyhead_core.kernels.cpu import build
+from kernel_cases import needs_compiler
 from polyhead_core.kernels.cpu.decoder import CpuDecoderStack
 
-pytestmark = pytest.mark.skipif(build.load() is None, reason="no C++ compiler: only the reference runs")
+pytestmark = needs_compiler
 
 CPU = torch.device("cpu")
 

@@ -9,17 +9,20 @@ import pytest
 import torch
 
 import kernel_cases
-from kernel_cases import int8_arguments
+from kernel_cases import int8_arguments, needs_compiler
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import dispatch, reference
 from polyhead_core.kernels.cpu import build
 
-pytestmark = pytest.mark.skipif(build.load() is None, reason="no C++ compiler: only the reference runs")
-
+pytestmark = needs_compiler
 
 CPU = torch.device("cpu")
 random_layer = partial(kernel_cases.random_layer, device=CPU)
 random_tables = partial(kernel_cases.random_tables, device=CPU)
+
+
+def test_the_kernels_build() -> None:
+    assert build.load() is not None
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -262,6 +265,22 @@ def test_low_rank_products_equal_the_reference(seed: int, dtype: torch.dtype) ->
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(got[slots == -1], y[slots == -1])
     for row in range(len(x)):
+        one = slice(row, row + 1)
+        assert torch.equal(dispatch.low_rank_add(y[one].clone(), x[one], tables, 1, slots[one])[0], got[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_products_that_threads_share_by_rows_and_columns(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    width, out, rows = 19, 17001, 75
+    tables = random_tables(3, width, out, dtype)
+    x, y = torch.randn(rows, width, generator=generator), torch.randn(rows, out, generator=generator)
+    slots = torch.full((rows,), 3, dtype=torch.int32)
+    expected = y.clone()
+    reference.low_rank_add(expected, x, tables, 1, slots)
+    got = dispatch.low_rank_add(y.clone(), x, tables, 1, slots)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for row in (0, 31, 32, 74):
         one = slice(row, row + 1)
         assert torch.equal(dispatch.low_rank_add(y[one].clone(), x[one], tables, 1, slots[one])[0], got[row])
 

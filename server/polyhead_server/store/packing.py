@@ -113,14 +113,14 @@ def _parts(contribution: Contribution) -> list[tuple[int, Part, int, Tensor]]:
     site = contribution.site
     if isinstance(contribution, BiasDelta):
         return [(site.index, Part.BIAS, 0, contribution.bias)]
-    parts = []
+    a_parts, b_parts = [], []  # in this order they are read
     for page, first in enumerate(range(0, contribution.rank, RANKS_PER_PAGE)):
         a_RI = _full_page(contribution.a[first : first + RANKS_PER_PAGE])
         b_RO = _full_page(contribution.b[:, first : first + RANKS_PER_PAGE].T)
         # The embedding's page is read by token: one row of eight ranks each.
-        parts.append((site.index, Part.A, page, a_RI.T if site.kind is SiteKind.EMBED else a_RI))
-        parts.append((site.index, Part.B, page, b_RO))
-    return parts
+        a_parts.append((site.index, Part.A, page, a_RI.T if site.kind is SiteKind.EMBED else a_RI))
+        b_parts.append((site.index, Part.B, page, b_RO))
+    return a_parts + b_parts
 
 
 def _full_page(rows_RX: Tensor) -> Tensor:

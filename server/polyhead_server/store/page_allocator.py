@@ -72,9 +72,10 @@ class PageAllocator:
             return None
         for slab in new_slabs:
             self._partial.setdefault(slab.extent_units, {})[slab.start] = slab
-        starts_by_size = {size: self._take(size, count) for size, count in counts.items()}
+        # In order of their places: what is read one behind the other lies so too, where the arena is fresh.
+        starts_by_size = {size: iter(self._take(size, count)) for size, count in counts.items()}
         self.used_units += sum(size * count for size, count in counts.items())
-        return [starts_by_size[size].pop() for size in sizes]
+        return [next(starts_by_size[size]) for size in sizes]
 
     def can_fit(self, sizes: Sequence[int]) -> bool:
         """Whether `allocate` would succeed now."""

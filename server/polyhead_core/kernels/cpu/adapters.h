@@ -1,7 +1,7 @@
 // Low-rank products of many adapters in one batch: y += B^T (A x) over the rank pages of each row's slot.
 //
-// Rows are sorted by slot, so that a page is read once for all rows of its adapter. Two halves with a barrier between
-// them: `shrink` makes h = A x, `expand` adds B^T h to a range of columns. Each row's sums are in an order of its own.
+// Rows are sorted by slot, so that a page is read once for all rows of its adapter. Each row's sums are in an order of its
+// own.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,6 @@ class SlotGroups {
   }
 
   int64_t size() const { return groups.size(); }
-  int64_t most_pages() const { return most_pages_; }
   int64_t count(int64_t group, int64_t site) const { return counts_[at(group, site)]; }
   int64_t bias_unit(int64_t group, int64_t site) const { return biases_[at(group, site)]; }
   const int32_t* page(int64_t group, int64_t site, int64_t p) const {
@@ -102,123 +101,167 @@ struct SitePart {
   int64_t site, column, width;
 };
 
-// h of the sites that read one input: [row, part, page * RANKS_PER_PAGE].
-struct Shrunk {
-  int64_t parts = 0, ranks = 0;
-  Buffer<float> values;
-
-  void resize(int64_t rows, int64_t parts_, int64_t max_pages) {
-    parts = parts_, ranks = max_pages * RANKS_PER_PAGE;
-    grow(values, rows * parts * ranks);
-  }
-  float* at(int64_t row, int64_t part, int64_t page) {
-    return values.data() + (row * parts + part) * ranks + page * RANKS_PER_PAGE;
-  }
-};
+inline bool acts(const SlotGroups& rows, const SitePart& part, int64_t group) {
+  return rows.count(group, part.site) > 0 || rows.bias_unit(group, part.site) >= 0;
+}
 
 inline bool acts(const SlotGroups& rows, const std::vector<SitePart>& parts) {
   for (const SitePart& part : parts)
     for (int64_t g = 0; g < rows.size(); ++g)
-      if (rows.count(g, part.site) > 0 || rows.bias_unit(g, part.site) >= 0) return true;
+      if (acts(rows, part, g)) return true;
   return false;
 }
 
-constexpr int64_t BIAS = -1;  // in place of a page
+// Memory that is read next, asked for evenly over `steps` steps of other work: adapters lie anywhere, and are read once.
+class Upcoming {
+ public:
+  Upcoming() = default;
+  Upcoming(const void* data, int64_t bytes, int64_t steps)
+      : next_(static_cast<const char*>(data)), lines_((bytes + steps * LINE - 1) / (steps * LINE)) {}
 
-// One page of one site, for the rows of its slot.
-template <typename A>
-struct PageItem {
-  const A* data;
-  const SlotGroup* group;
-  int64_t part, page;
+  void ask() {
+    for (int64_t line = 0; line < lines_; ++line, next_ += LINE) __builtin_prefetch(next_, 0, READ_ONCE);
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t lines_ = 0;
 };
 
-// h[r] = sum_i a[r, i] x[i] for the 8 ranks of a page. Asks meanwhile, line by line, for a page at `next`: adapters lie
-// anywhere, and are read once.
+// h[r] = sum_i a[r, i] x[i] for the 8 ranks of a page, in the steps of shrink_steps(in).
 template <typename A>
-inline void shrink_row(const A* a, const A* next, const float* x, int64_t in, float* h) {
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  constexpr int R = 8;
-#else
-  constexpr int R = 4;  // as many sums as there are registers for
-#endif
-  for (int64_t rank = 0; rank < RANKS_PER_PAGE; rank += R, a += R * in, next += R * in)
-    dots<R>(a, in, x, in, h + rank, next);
+inline void shrink_row(const A* a, const float* x, int64_t in, float* h, Upcoming& upcoming) {
+  for (int64_t rank = 0; rank < RANKS_PER_PAGE; rank += DOTS, a += DOTS * in)
+    dots<DOTS>(a, in, x, in, h + rank, [&] { upcoming.ask(); });
 }
+inline int64_t shrink_steps(int64_t in) { return std::max<int64_t>(1, in / (2 * WIDTH) * (RANKS_PER_PAGE / DOTS)); }
 
-// x [rows, in]; this member's share of h.
+// y[0..size) (+)= sum_r h[r] b[r], with b's rows `stride` apart, in the steps of expand_steps(size).
 template <typename A>
-void shrink(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, Shrunk& h,
-            const Member& member) {
-  static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
-  items.clear();
-  int64_t index = 0;
-  for (int64_t g = 0; g < rows.size(); ++g)
-    for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
-      const int64_t site = parts[part].site, count = rows.count(g, site);
-      for (int64_t page = 0; page < count; ++page)
-        if (index++ % member.size == member.rank)
-          items.push_back({arena + rows.page(g, site, page)[0] * UNIT, &rows.groups[g], part, page});
-    }
-  for (size_t n = 0; n < items.size(); ++n) {
-    const PageItem<A>& item = items[n];
-    const A* next = items[std::min(n + 1, items.size() - 1)].data;
-    for (int64_t i = item.group->begin; i < item.group->end; ++i, next = item.data) {
-      const int64_t row = rows.order[i];
-      shrink_row(item.data, next, x + row * in, in, h.at(row, item.part, item.page));
-    }
-  }
-}
-
-// y[0..size) += sum_r h[r] b[r], with b's rows `stride` apart. Asks meanwhile for as much at `next`, rows `next_stride` apart.
-template <typename A>
-inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size, const A* next, int64_t next_stride) {
+inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size, bool accumulate, Upcoming& upcoming) {
   int64_t o = 0;
   for (; o + WIDTH <= size; o += WIDTH) {
-    Floats to = load(y + o);
+    upcoming.ask();
+    Floats to = accumulate ? load(y + o) : splat(0.0f);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) {
-      if (o * sizeof(A) % LINE == 0) __builtin_prefetch(next + r * next_stride + o, 0, 2);
-      to = fma(splat(h[r]), load(b + r * stride + o), to);
-    }
+    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) to = fma(splat(h[r]), load(b + r * stride + o), to);
     store(y + o, to);
   }
-  for (; o < size; ++o)
+  for (; o < size; ++o) {
+    if (!accumulate) y[o] = 0;
     for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) y[o] = __builtin_fmaf(h[r], to_float(b[r * stride + o]), y[o]);
-}
-
-// Adds to the columns [first, last) of y [rows, y_stride].
-template <typename A>
-void expand(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, Shrunk& h, float* y, int64_t y_stride,
-            int64_t first, int64_t last) {
-  static thread_local std::vector<PageItem<A>> items;  // which keeps its memory
-  items.clear();
-  for (int64_t g = 0; g < rows.size(); ++g)
-    for (int64_t part = 0; part < static_cast<int64_t>(parts.size()); ++part) {
-      const SlotGroup& group = rows.groups[g];
-      const SitePart& at = parts[part];
-      const int64_t begin = std::max(first, at.column), end = std::min(last, at.column + at.width);
-      if (begin >= end) continue;
-      const int64_t count = rows.count(g, at.site);
-      for (int64_t page = 0; page < count; ++page)
-        items.push_back({arena + rows.page(g, at.site, page)[1] * UNIT + begin - at.column, &group, part, page});
-      if (const int64_t unit = rows.bias_unit(g, at.site); unit >= 0)
-        items.push_back({arena + unit * UNIT + begin - at.column, &group, part, BIAS});
-    }
-  for (size_t n = 0; n < items.size(); ++n) {
-    const PageItem<A>&item = items[n], &following = items[std::min(n + 1, items.size() - 1)];
-    const SitePart& at = parts[item.part];
-    const int64_t begin = std::max(first, at.column), size = std::min(last, at.column + at.width) - begin;
-    for (int64_t i = item.group->begin; i < item.group->end; ++i) {
-      const int64_t row = rows.order[i];
-      float* to = y + row * y_stride + begin;
-      if (item.page != BIAS)
-        expand_row(to, h.at(row, item.part, item.page), item.data, at.width, size, following.data, parts[following.part].width);
-      else
-        for (int64_t o = 0; o < size; ++o) to[o] += to_float(item.data[o]);
-    }
   }
 }
+inline int64_t expand_steps(int64_t size) { return std::max<int64_t>(1, size / WIDTH); }
+
+// What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases. Computed beside the result
+// and added once it is there, so that the two need not wait for each other: adapters are bound by memory, many rows'
+// products by arithmetic.
+template <typename A>
+class Deltas {
+ public:
+  // x [rows, in]; values [rows, stride] for the results.
+  Deltas(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, float* values,
+         int64_t stride)
+      : arena_(arena), rows_(rows), x_(x), in_(in), values_(values), stride_(stride), items_(items_of_thread()) {
+    items_.clear();
+    for (int64_t g = 0; g < rows.size(); ++g)
+      for (const SitePart& part : parts) {
+        if (!acts(rows, part, g)) continue;
+        const SlotGroup& group = rows.groups[g];
+        const int64_t columns = std::max(COLUMNS, 8 * in);
+        for (int64_t begin = group.begin; begin < group.end; begin += ROWS)
+          for (int64_t first = 0; first < part.width; first += columns)
+            items_.push_back({g, &part, begin, std::min(begin + ROWS, group.end), first, std::min(first + columns, part.width)});
+      }
+  }
+
+  bool empty() const { return items_.empty(); }
+
+  // Takes items from `counter` until none is left.
+  void compute(Counter& counter) const {
+    const int64_t count = items_.size();
+    for (int64_t index = counter.take(), following; index < count; index = following) {
+      following = counter.take();
+      compute(items_[index], items_[std::min(following, count - 1)]);
+    }
+  }
+
+  // y [rows, stride] += the values of the rows [first, last).
+  void add_to(float* y, int64_t first, int64_t last) const {
+    for (const Item& item : items_)
+      for (int64_t i = item.begin; i < item.end; ++i) {
+        const int64_t row = rows_.order[i];
+        if (row < first || row >= last) continue;
+        const float* from = result(item, i);
+        float* to = y + (from - values_);
+        for (int64_t o = 0; o < item.last - item.first; ++o) to[o] += from[o];
+      }
+  }
+
+ private:
+  // Of an item, at most: threads share what many rows of one adapter cost, and a wide site, each with an h of its own.
+  static constexpr int64_t ROWS = 32, COLUMNS = 8192;
+
+  // The rows order[begin..end) of a group, and the columns [first, last) of one site.
+  struct Item {
+    int64_t group;
+    const SitePart* part;
+    int64_t begin, end, first, last;
+  };
+
+  static std::vector<Item>& items_of_thread() {
+    static thread_local std::vector<Item> items;  // which keeps its memory
+    return items;
+  }
+
+  int64_t count(const Item& item) const { return rows_.count(item.group, item.part->site); }
+  const A* a_page(const Item& item, int64_t p) const { return arena_ + rows_.page(item.group, item.part->site, p)[0] * UNIT; }
+  const A* b_page(const Item& item, int64_t p) const {
+    return arena_ + rows_.page(item.group, item.part->site, p)[1] * UNIT + item.first;
+  }
+  float* result(const Item& item, int64_t i) const {
+    return values_ + rows_.order[i] * stride_ + item.part->column + item.first;
+  }
+
+  // Each page asks for the one that is read after it.
+  void compute(const Item& item, const Item& following) const {
+    static thread_local Buffer<float> h;  // [row, rank]
+    const int64_t pages = count(item), ranks = pages * RANKS_PER_PAGE, width = item.part->width, size = item.last - item.first;
+    grow(h, ROWS * ranks);
+    const auto h_of = [&](int64_t i, int64_t p) { return h.data() + (i - item.begin) * ranks + p * RANKS_PER_PAGE; };
+    const int64_t a_bytes = RANKS_PER_PAGE * in_ * sizeof(A);
+    const int64_t b_bytes = (size == width ? RANKS_PER_PAGE : 1) * size * sizeof(A);
+    for (int64_t p = 0; p < pages; ++p) {
+      Upcoming upcoming = p + 1 < pages ? Upcoming(a_page(item, p + 1), a_bytes, shrink_steps(in_))
+                                        : Upcoming(b_page(item, 0), b_bytes, shrink_steps(in_));
+      for (int64_t i = item.begin; i < item.end; ++i, upcoming = {})
+        shrink_row(a_page(item, p), x_ + rows_.order[i] * in_, in_, h_of(i, p), upcoming);
+    }
+    for (int64_t p = 0; p < pages; ++p) {
+      Upcoming upcoming;
+      if (p + 1 < pages) upcoming = Upcoming(b_page(item, p + 1), b_bytes, expand_steps(size));
+      else if (count(following)) upcoming = Upcoming(a_page(following, 0), a_bytes, expand_steps(size));
+      for (int64_t i = item.begin; i < item.end; ++i, upcoming = {})
+        expand_row(result(item, i), h_of(i, p), b_page(item, p), width, size, p > 0, upcoming);
+    }
+    if (const int64_t unit = rows_.bias_unit(item.group, item.part->site); unit >= 0) {
+      const A* bias = arena_ + unit * UNIT + item.first;
+      for (int64_t i = item.begin; i < item.end; ++i) {
+        float* to = result(item, i);
+        for (int64_t o = 0; o < size; ++o) to[o] = (pages ? to[o] : 0.0f) + to_float(bias[o]);
+      }
+    }
+  }
+
+  const A* arena_;
+  const SlotGroups& rows_;
+  const float* x_;
+  int64_t in_;
+  float* values_;
+  int64_t stride_;
+  std::vector<Item>& items_;
+};
 
 // y [rows, out] += the products of one site; x [rows, in].
 inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const int32_t* slots, const float* x, int64_t rows,
@@ -226,14 +269,15 @@ inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const i
   const SlotGroups groups(tables, site, site + 1, slots, rows);
   const std::vector<SitePart> parts{{site, 0, out}};
   if (!acts(groups, parts)) return;
-  Shrunk h;
-  h.resize(rows, 1, groups.most_pages());
+  Buffer<float> values(rows * out);
+  Counter counter;
   tables.with_arena([&](const auto* arena) {
     with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
-      shrink(arena, groups, parts, x, in, h, member);
+      const Deltas deltas(arena, groups, parts, x, in, values.data(), out);
+      deltas.compute(counter);
       member.wait();
-      const auto [first, last] = member.share(out, WIDTH);
-      expand(arena, groups, parts, h, y, out, first, last);
+      const auto [first, last] = member.share(rows);
+      deltas.add_to(y, first, last);
     });
   });
 }
@@ -248,8 +292,8 @@ inline void embedding_add_rows(const AdapterTables& tables, int64_t site, const 
         const int32_t* units = tables.page(slot, site, p);
         float h[RANKS_PER_PAGE];
         for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) h[r] = to_float(arena[units[0] * UNIT + ids[t] * RANKS_PER_PAGE + r]);
-        const A* b = arena + units[1] * UNIT;
-        expand_row(y + t * out, h, b, out, out, b, out);
+        Upcoming none;
+        expand_row(y + t * out, h, arena + units[1] * UNIT, out, out, true, none);
       }
     }
   });

@@ -4,11 +4,11 @@
 // this device's pool keeps them: the scores of a block are then one vector of keys, with no sum across a vector.
 #pragma once
 
-#include <atomic>
 #include <optional>
 
 #include "attention_tiles.h"
 #include "attention_vectors.h"
+#include "team.h"
 
 namespace polyhead {
 
@@ -49,19 +49,26 @@ class AttentionWorker {
 // Takes items from `next` until none is left.
 inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stride, const int32_t* block_tables,
                          const int64_t* positions, const std::vector<QueryTile>& tiles, const AttentionShape& s,
-                         std::atomic<int64_t>& next, AttentionScratches& scratch, float* out) {
+                         Counter& next, AttentionScratches& scratch, const Member& member, float* out) {
   const int64_t num_items = static_cast<int64_t>(tiles.size()) * s.kv_heads;
   const auto item_at = [&](int64_t index) {
     return AttentionItem(s, q, q_stride, positions, block_tables, tiles[index / s.kv_heads], index % s.kv_heads);
   };
   pages.with_data([&](const auto* keys, const auto* values) {
-    int64_t index = next.fetch_add(1);
+    // Where there are tiles enough for all, a thread takes all heads of one: they lie side by side in the pages.
+    const int64_t run = static_cast<int64_t>(tiles.size()) >= 4 * member.size ? s.kv_heads : 1;
+    auto take = [&, left = int64_t{0}](int64_t last) mutable {
+      if (left-- > 0) return last + 1;
+      left = run - 1;
+      return next.take() * run;
+    };
+    int64_t index = take(0);
     if (index >= num_items) return;
     AttentionWorker worker(pages, s, scratch, out);
     for (int64_t n = 0; n < PAGES_AHEAD; ++n)
       prefetch(item_at(index).page_in_turn(keys, values, n), s.page() * pages.keys.element_size());
     while (index < num_items) {
-      const int64_t following = next.fetch_add(1);
+      const int64_t following = take(index);
       const AttentionItem item = item_at(index), after = item_at(std::min(following, num_items - 1));
       worker.attend(item, keys, values, [&](int64_t n) {
         const auto* page = item.page_in_turn(keys, values, n);

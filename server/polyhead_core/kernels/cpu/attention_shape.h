@@ -108,7 +108,7 @@ struct AttentionItem {
 };
 
 // Pages lie anywhere, and the processor cannot guess the next one: it is asked for so many ahead.
-constexpr int64_t PAGES_AHEAD = 3;
+constexpr int64_t PAGES_AHEAD = 6;
 
 // Caps scores [size] where they are to be; returns the factor that is still to be applied to them.
 inline float cap_scores(float* x, int64_t size, const AttentionShape& s) {

@@ -6,7 +6,6 @@
 
 #include <array>
 #include <chrono>
-#include <memory>
 #include <vector>
 
 #include "adapters.h"
@@ -67,6 +66,22 @@ class PhaseClock {
   std::chrono::steady_clock::time_point last_;
 };
 
+// By which threads share one layer's work as it is done.
+class LayerCounters {
+ public:
+  static int64_t size(int64_t threads) { return 1 + 4 * (1 + threads); }
+
+  LayerCounters(Counter* counters, int64_t threads) : counters_(counters), threads_(threads) {}
+
+  Counter& attention() const { return counters_[0]; }
+  // Of the layer's n-th product: one for its adapters, then one for the panels of each thread.
+  Counter* product(int64_t n) const { return counters_ + 1 + n * (1 + threads_); }
+
+ private:
+  Counter* counters_;
+  int64_t threads_;
+};
+
 constexpr int64_t BLOCK_ROWS = 256;
 
 enum class Activation : int64_t { SILU = 0, GELU_TANH = 1 };
@@ -122,7 +137,7 @@ struct DecoderStack : torch::CustomClassHolder {
     // A layer runs over some rows after the other, so that what passes from one phase to the next stays in the caches. Keys
     // and values that a row sees belong to itself and to rows before it.
     std::vector<Rows> blocks;
-    int64_t most_pages = 0;
+    bool has_adapters = false;
     for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
       const int64_t count = std::min(BLOCK_ROWS, rows - begin);
       blocks.push_back({x.data_ptr<float>() + begin * hidden, count, cos.const_data_ptr<float>() + begin * cos.size(1),
@@ -131,20 +146,23 @@ struct DecoderStack : torch::CustomClassHolder {
                         block_tables.size(1),
                         query_tiles(sequence.const_data_ptr<int32_t>() + begin, position + begin, count),
                         SlotGroups(tables, 0, tables.num_sites(), slots.const_data_ptr<int32_t>() + begin, count)});
-      most_pages = std::max(most_pages, blocks.back().groups.most_pages());
+      has_adapters |= blocks.back().groups.size() > 0;
     }
-    reserve(std::min(BLOCK_ROWS, rows), most_pages);
-    next_tile = std::make_unique<std::atomic<int64_t>[]>(layers.size() * blocks.size());
+    reserve(std::min(BLOCK_ROWS, rows), has_adapters);
+    const int64_t threads = at::get_num_threads();
+    std::vector<Counter> counters((last - first) * blocks.size() * LayerCounters::size(threads));
     tables.with_arena([&](const auto* weights) {
       with_team(rows * hidden < 64, [&](const Member& member) {
         QuantizeScratch scratch;
         AttentionScratches attention;
         PhaseClock clock(member.rank == 0);
         clock.start();
-        std::atomic<int64_t>* next = next_tile.get();
+        Counter* of_layer = counters.data();
         for (int64_t index = first; index < last; ++index)
-          for (const Rows& block : blocks)
-            run_layer(layers[index], block, weights, *next++, scratch, attention, member, clock);
+          for (const Rows& block : blocks) {
+            run_layer(layers[index], block, weights, {of_layer, threads}, scratch, attention, member, clock);
+            of_layer += LayerCounters::size(threads);
+          }
         if (member.rank == 0)
           for (size_t phase = 0; phase < PHASES.size(); ++phase) seconds[phase] += clock.seconds[phase];
       });
@@ -174,12 +192,10 @@ struct DecoderStack : torch::CustomClassHolder {
   Activation activation;
   std::vector<DecoderLayer> layers;
   std::array<double, PHASES.size()> seconds{};
-  std::unique_ptr<std::atomic<int64_t>[]> next_tile;
   QuantizedRows quantized;
-  Shrunk shrunk;
-  Buffer<float> normed, qkv_rows, attended, gate_up_rows, activated;
+  Buffer<float> normed, qkv_rows, attended, gate_up_rows, activated, deltas;
 
-  void reserve(int64_t rows, int64_t max_pages) {
+  void reserve(int64_t rows, bool has_adapters) {
     int64_t row_bytes = 0, qkv = 0, gate_up = 0;
     for (const DecoderLayer& layer : layers) {
       for (const FusedLinear* one : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down})
@@ -188,47 +204,55 @@ struct DecoderStack : torch::CustomClassHolder {
       gate_up = std::max(gate_up, layer.gate_up.linear->out);
     }
     quantized.resize(rows, row_bytes);
-    shrunk.resize(rows, 3, max_pages);
     grow(normed, rows * hidden);
     grow(qkv_rows, rows * qkv);
     grow(attended, rows * heads * width);
     grow(gate_up_rows, rows * gate_up);
     grow(activated, rows * gate_up / 2);
+    if (has_adapters) grow(deltas, rows * std::max({qkv, gate_up, hidden}));
   }
 
-  // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form.
+  // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form. A member may then read its own rows of y,
+  // and others after the next barrier.
   template <typename A>
   void product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
-               const A* arena, const Member& member) {
+               const A* arena, Counter* counters, const Member& member) {
     const PackedLinear& linear = *one.linear;
-    const bool adapted = acts(rows.groups, one.parts);
-    // Adapters' pages are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with
-    // the other.
-    const auto shrink_where = [&](bool here) {
-      if (adapted && here) shrink(arena, rows.groups, one.parts, x, linear.in, shrunk, member);
-    };
-    shrink_where(member.rank % 2 == 0);
-    const auto [first, last] = member.share(linear.num_panels());
-    multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
-    shrink_where(member.rank % 2 == 1);
-    if (adapted) {
+    const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, this->deltas.data(), linear.out);
+    if (deltas.empty()) {
+      const auto [first, last] = member.share(linear.num_panels());
+      multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
       member.wait();
-      const int64_t end = std::min(last * PANEL, linear.out);
-      expand(arena, rows.groups, one.parts, shrunk, y, linear.out, first * PANEL, end);
+      return;
     }
+    // Half of the team begins with the one, half with the other, and goes on with what is left.
+    const auto multiply = [&] {
+      for (int64_t n = 0; n < member.size; ++n) {
+        const int64_t owner = (member.rank + n) % member.size;
+        const auto [first, last] = Member{owner, member.size, nullptr}.share(linear.num_panels());
+        const int64_t some = std::max<int64_t>(1, (last - first) / 8);
+        for (int64_t begin; (begin = first + counters[1 + owner].take() * some) < last;)
+          multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last), y, linear.out, accumulate);
+      }
+    };
+    if (member.rank % 2) multiply();
+    deltas.compute(counters[0]);
+    multiply();
     member.wait();
+    const auto [begin, end] = member.share(rows.count);
+    deltas.add_to(y, begin, end);
   }
 
   template <typename A>
   void run_layer(const DecoderLayer& layer, const Rows& rows, const A* arena,
-                 std::atomic<int64_t>& next, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
+                 const LayerCounters& counters, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
                  PhaseClock& clock) {
     float* x = rows.x;
     const auto [begin, end] = member.share(rows.count);
     norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
     member.wait();
     clock.lap(0);
-    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, member);
+    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) rotate_and_write(layer, keys, values, rows, r);
@@ -238,24 +262,24 @@ struct DecoderStack : torch::CustomClassHolder {
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
     attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.block_tables, rows.positions, rows.tiles, shape,
-                 next, attention, attended.data());
+                 counters.attention(), attention, member, attended.data());
     member.wait();
     clock.lap(3);
     for (int64_t r = begin; r < end; ++r)
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
     clock.lap(4);
-    product(layer.output, attended.data(), x, true, rows, arena, member);
+    product(layer.output, attended.data(), x, true, rows, arena, counters.product(1), member);
     clock.lap(5);
     norm_rows(layer.post_norm, *layer.gate_up.linear, x, begin, end, scratch);
     member.wait();
     clock.lap(6);
-    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, member);
+    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
     clock.lap(7);
     for (int64_t r = begin; r < end; ++r) activate(layer, r, scratch);
     member.wait();
     clock.lap(8);
-    product(layer.down, activated.data(), x, true, rows, arena, member);
+    product(layer.down, activated.data(), x, true, rows, arena, counters.product(3), member);
     clock.lap(9);
   }
 

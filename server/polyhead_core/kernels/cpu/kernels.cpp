@@ -89,11 +89,11 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   const int64_t* position = positions.const_data_ptr<int64_t>();
   const auto tiles = query_tiles(sequences.const_data_ptr<int32_t>(), position, q.size(0));
   at::Tensor out = at::empty_like(q);
-  std::atomic<int64_t> next{0};
-  with_team(q.size(0) == 1, [&](const Member&) {
+  Counter next;
+  with_team(q.size(0) == 1, [&](const Member& member) {
     AttentionScratches scratch;
     attend_tiles({k_pages, v_pages}, q.const_data_ptr<float>(), q.size(1) * q.size(2),
-                 block_tables.const_data_ptr<int32_t>(), position, tiles, shape, next, scratch, out.data_ptr<float>());
+                 block_tables.const_data_ptr<int32_t>(), position, tiles, shape, next, scratch, member, out.data_ptr<float>());
   });
   return out;
 }

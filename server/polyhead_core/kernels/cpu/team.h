@@ -60,6 +60,13 @@ struct Member {
   }
 };
 
+// Numbers from 0 on, each for one of the threads that take them.
+struct alignas(64) Counter {
+  std::atomic<int64_t> next{0};
+
+  int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
 // Calls body(member) once on each thread of the team; `alone` where the work is too little to share.
 template <typename Body>
 void with_team(bool alone, const Body& body) {
