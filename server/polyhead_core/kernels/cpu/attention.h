@@ -66,7 +66,7 @@ inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stri
     if (index >= num_items) return;
     AttentionWorker worker(pages, s, scratch, out);
     for (int64_t n = 0; n < PAGES_AHEAD; ++n)
-      prefetch(item_at(index).page_in_turn(keys, values, n), s.page() * pages.keys.element_size());
+      if (const auto* page = item_at(index).page_in_turn(keys, values, n)) prefetch(page, s.page() * pages.keys.element_size());
     while (index < num_items) {
       const int64_t following = take(index);
       const AttentionItem item = item_at(index), after = item_at(std::min(following, num_items - 1));
