@@ -72,7 +72,7 @@ class PageAllocator:
             return None
         for slab in new_slabs:
             self._partial.setdefault(slab.extent_units, {})[slab.start] = slab
-        # In order of their places: what is read one behind the other lies so too, where the arena is fresh.
+        # In order of their places: what is read one behind the other lies so too, where the arena is not in pieces.
         starts_by_size = {size: iter(self._take(size, count)) for size, count in counts.items()}
         self.used_units += sum(size * count for size, count in counts.items())
         return [next(starts_by_size[size]) for size in sizes]
@@ -86,7 +86,7 @@ class PageAllocator:
 
     def free(self, starts: Sequence[int]) -> None:
         """Takes back extents that `allocate` handed out."""
-        for start in starts:
+        for start in reversed(starts):  # the last one that is given back is the first to be taken again
             slab = self._slab_of_chunk[start // CHUNK_UNITS]
             assert (start - slab.start) % slab.extent_units == 0, f"no extent starts at unit {start}"
             assert start not in slab.free, f"the extent at unit {start} is not taken"

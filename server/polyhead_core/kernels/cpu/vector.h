@@ -183,10 +183,11 @@ inline void store_first(float* to, Floats x, int64_t count) {
 
 #endif
 
+// Rows that dots() takes at once: as many as there are registers for their sums.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int DOTS = 8;
 #else
-constexpr int DOTS = 4;  // as many sums as there are registers for
+constexpr int DOTS = 4;
 #endif
 
 // Sums of `R` rows of `a`, which lie `stride` apart, times x. Two accumulators a row; the order depends on `size` alone.
