@@ -92,13 +92,12 @@ def test_returning_twice_is_our_bug() -> None:
 
 def test_extents_of_a_size_lie_one_behind_the_other_also_after_an_eviction() -> None:
     allocator, sizes = PageAllocator(256 * CHUNK_UNITS), [72, 24, 72, 72, 24] * 40
-    first, second, third = (allocator.allocate(sizes) for _ in range(3))
-    assert first is not None and second is not None and third is not None
-    allocator.free(second)
-    again = allocator.allocate(sizes)
-    assert again is not None
-    for starts in (first, second, third, again):
+    adapters = [allocator.allocate(sizes) for _ in range(3)]
+    allocator.free(adapters[1] or [])
+    adapters.append(allocator.allocate(sizes))
+    for starts in adapters:
+        assert starts is not None
         for size in (24, 72):
             of_size = [start for start, other in zip(starts, sizes, strict=True) if other == size]
             follows = [after == before + size for before, after in itertools.pairwise(of_size)]
-            assert sum(follows) >= 0.9 * len(follows)
+            assert sum(follows) >= 0.8 * len(follows)  # but from one slab to the next
