@@ -1,7 +1,7 @@
 // Low-rank products of many adapters in one batch: y += B^T (A x) over the rank pages of each row's slot.
 //
-// Rows are sorted by slot, so that a page is read once for all rows of its adapter. Each row's sums are in an order of its
-// own.
+// Rows are sorted by slot, so that a page is read once for all rows of its adapter. Each row's sums are in an order of
+// its own.
 #pragma once
 
 #include <algorithm>
@@ -56,10 +56,11 @@ struct SlotGroup {
 class SlotGroups {
  public:
   std::vector<int64_t> order;
-  std::vector<SlotGroup> groups;  // without slot -1
+  std::vector<SlotGroup> groups;   // without slot -1
+  std::vector<int64_t> group_of;  // of each row; -1: none
 
   SlotGroups(const AdapterTables& tables, int64_t first, int64_t last, const int32_t* slots, int64_t rows)
-      : order(rows), first_(first) {
+      : order(rows), group_of(rows, -1), first_(first) {
     std::iota(order.begin(), order.end(), int64_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
     for (int64_t i = 0; i < rows; ++i) {
@@ -67,6 +68,7 @@ class SlotGroups {
       if (slot < 0) continue;
       if (groups.empty() || groups.back().slot != slot) groups.push_back({slot, i, i});
       groups.back().end = i + 1;
+      group_of[order[i]] = size() - 1;
     }
     counts_.resize((last - first) * size()), biases_.resize(counts_.size());
     for (int64_t g = 0; g < size(); ++g)
@@ -128,31 +130,55 @@ class Upcoming {
   int64_t lines_ = 0;
 };
 
-// h[r] = sum_i a[r, i] x[i] for the 8 ranks of a page, in the steps of shrink_steps(in).
-template <typename A>
-inline void shrink_row(const A* a, const float* x, int64_t in, float* h, Upcoming& upcoming) {
-  for (int64_t rank = 0; rank < RANKS_PER_PAGE; rank += DOTS, a += DOTS * in)
-    dots<DOTS>(a, in, x, in, h + rank, [&] { upcoming.ask(); });
-}
-inline int64_t shrink_steps(int64_t in) { return std::max<int64_t>(1, in / (2 * WIDTH) * (RANKS_PER_PAGE / DOTS)); }
+// Rows of one adapter that are computed together: its weights are brought to float once for all of them.
+constexpr int ROWS_AT_ONCE = DOTS / 2;
 
-// y[0..size) (+)= sum_r h[r] b[r], with b's rows `stride` apart, in the steps of expand_steps(size).
-template <typename A>
-inline void expand_row(float* y, const float* h, const A* b, int64_t stride, int64_t size, bool accumulate, Upcoming& upcoming) {
+// h[q][r] = sum_i a[r, i] x[q][i] for the 8 ranks of a page, in the steps of shrink_steps<Q>(in).
+template <int Q, typename A>
+inline void shrink_rows(const A* a, const float* const* x, int64_t in, float* const* h, Upcoming& upcoming) {
+  constexpr int R = DOTS / Q;
+  for (int64_t rank = 0; rank < RANKS_PER_PAGE; rank += R, a += R * in) {
+    float* to[Q];
+    for (int q = 0; q < Q; ++q) to[q] = h[q] + rank;
+    dots<R, Q>(a, in, x, in, to, [&] { upcoming.ask(); });
+  }
+}
+template <int Q>
+inline int64_t shrink_steps(int64_t in) {
+  return std::max<int64_t>(1, in / (2 * WIDTH) * (RANKS_PER_PAGE * Q / DOTS));
+}
+
+// y[q][0..size) (+)= sum_r h[q][r] b[r], with b's rows `stride` apart, in the steps of expand_steps(size).
+template <int Q, typename A>
+inline void expand_rows(float* const* y, const float* const* h, const A* b, int64_t stride, int64_t size, bool accumulate,
+                        Upcoming& upcoming) {
   int64_t o = 0;
   for (; o + WIDTH <= size; o += WIDTH) {
     upcoming.ask();
-    Floats to = accumulate ? load(y + o) : splat(0.0f);
+    Floats to[Q];
+    for (int q = 0; q < Q; ++q) to[q] = accumulate ? load(y[q] + o) : splat(0.0f);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) to = fma(splat(h[r]), load(b + r * stride + o), to);
-    store(y + o, to);
+    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) {
+      const Floats weights = load(b + r * stride + o);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) to[q] = fma(splat(h[q][r]), weights, to[q]);
+    }
+    for (int q = 0; q < Q; ++q) store(y[q] + o, to[q]);
   }
-  for (; o < size; ++o) {
-    if (!accumulate) y[o] = 0;
-    for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) y[o] = __builtin_fmaf(h[r], to_float(b[r * stride + o]), y[o]);
-  }
+  for (; o < size; ++o)
+    for (int q = 0; q < Q; ++q) {
+      if (!accumulate) y[q][o] = 0;
+      for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) y[q][o] = __builtin_fmaf(h[q][r], to_float(b[r * stride + o]), y[q][o]);
+    }
 }
 inline int64_t expand_steps(int64_t size) { return std::max<int64_t>(1, size / WIDTH); }
+
+// Calls run<Q>(first) for the numbers [begin, end), Q of them from `first` on.
+template <typename Run>
+inline void by_rows(int64_t begin, int64_t end, const Run& run) {
+  for (; begin + ROWS_AT_ONCE <= end; begin += ROWS_AT_ONCE) run.template operator()<ROWS_AT_ONCE>(begin);
+  for (; begin < end; ++begin) run.template operator()<1>(begin);
+}
 
 // What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases. Computed beside the result
 // and added once it is there, so that the two need not wait for each other: adapters are bound by memory, many rows'
@@ -163,7 +189,7 @@ class Deltas {
   // x [rows, in]; values [rows, stride] for the results.
   Deltas(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, float* values,
          int64_t stride)
-      : arena_(arena), rows_(rows), x_(x), in_(in), values_(values), stride_(stride), items_(items_of_thread()) {
+      : arena_(arena), rows_(rows), parts_(parts), x_(x), in_(in), values_(values), stride_(stride), items_(items_of_thread()) {
     items_.clear();
     for (int64_t g = 0; g < rows.size(); ++g)
       for (const SitePart& part : parts) {
@@ -172,11 +198,13 @@ class Deltas {
         const int64_t columns = std::max(COLUMNS, 8 * in);
         for (int64_t begin = group.begin; begin < group.end; begin += ROWS)
           for (int64_t first = 0; first < part.width; first += columns)
-            items_.push_back({g, &part, begin, std::min(begin + ROWS, group.end), first, std::min(first + columns, part.width)});
+            items_.push_back({g, &part, begin, std::min(begin + ROWS, group.end), first,
+                              std::min(first + columns, part.width)});
       }
+    empty_ = items_.empty();
   }
 
-  bool empty() const { return items_.empty(); }
+  bool empty() const { return empty_; }
 
   // Takes items from `counter` until none is left.
   void compute(Counter& counter) const {
@@ -187,16 +215,16 @@ class Deltas {
     }
   }
 
-  // y [rows, stride] += the values of the rows [first, last).
-  void add_to(float* y, int64_t first, int64_t last) const {
-    for (const Item& item : items_)
-      for (int64_t i = item.begin; i < item.end; ++i) {
-        const int64_t row = rows_.order[i];
-        if (row < first || row >= last) continue;
-        const float* from = result(item, i);
-        float* to = y + (from - values_);
-        for (int64_t o = 0; o < item.last - item.first; ++o) to[o] += from[o];
-      }
+  // y [rows, stride] += the values of one row.
+  void add_to(float* y, int64_t row) const {
+    const int64_t group = empty() ? -1 : rows_.group_of[row];
+    if (group < 0) return;
+    for (const SitePart& part : parts_) {
+      if (!acts(rows_, part, group)) continue;
+      const float* from = values_ + row * stride_ + part.column;
+      float* to = y + row * stride_ + part.column;
+      for (int64_t o = 0; o < part.width; ++o) to[o] += from[o];
+    }
   }
 
  private:
@@ -233,17 +261,27 @@ class Deltas {
     const int64_t a_bytes = RANKS_PER_PAGE * in_ * sizeof(A);
     const int64_t b_bytes = (size == width ? RANKS_PER_PAGE : 1) * size * sizeof(A);
     for (int64_t p = 0; p < pages; ++p) {
-      Upcoming upcoming = p + 1 < pages ? Upcoming(a_page(item, p + 1), a_bytes, shrink_steps(in_))
-                                        : Upcoming(b_page(item, 0), b_bytes, shrink_steps(in_));
-      for (int64_t i = item.begin; i < item.end; ++i, upcoming = {})
-        shrink_row(a_page(item, p), x_ + rows_.order[i] * in_, in_, h_of(i, p), upcoming);
+      by_rows(item.begin, item.end, [&]<int Q>(int64_t first) {
+        const float* x[Q];
+        float* to[Q];
+        for (int q = 0; q < Q; ++q) x[q] = x_ + rows_.order[first + q] * in_, to[q] = h_of(first + q, p);
+        Upcoming upcoming;
+        if (first == item.begin)
+          upcoming = p + 1 < pages ? Upcoming(a_page(item, p + 1), a_bytes, shrink_steps<Q>(in_))
+                                   : Upcoming(b_page(item, 0), b_bytes, shrink_steps<Q>(in_));
+        shrink_rows<Q>(a_page(item, p), x, in_, to, upcoming);
+      });
     }
     for (int64_t p = 0; p < pages; ++p) {
-      Upcoming upcoming;
-      if (p + 1 < pages) upcoming = Upcoming(b_page(item, p + 1), b_bytes, expand_steps(size));
-      else if (count(following)) upcoming = Upcoming(a_page(following, 0), a_bytes, expand_steps(size));
-      for (int64_t i = item.begin; i < item.end; ++i, upcoming = {})
-        expand_row(result(item, i), h_of(i, p), b_page(item, p), width, size, p > 0, upcoming);
+      by_rows(item.begin, item.end, [&]<int Q>(int64_t first) {
+        const float* from[Q];
+        float* to[Q];
+        for (int q = 0; q < Q; ++q) from[q] = h_of(first + q, p), to[q] = result(item, first + q);
+        Upcoming upcoming;
+        if (first == item.begin && p + 1 < pages) upcoming = Upcoming(b_page(item, p + 1), b_bytes, expand_steps(size));
+        else if (first == item.begin && count(following)) upcoming = Upcoming(a_page(following, 0), a_bytes, expand_steps(size));
+        expand_rows<Q>(to, from, b_page(item, p), width, size, p > 0, upcoming);
+      });
     }
     if (const int64_t unit = rows_.bias_unit(item.group, item.part->site); unit >= 0) {
       const A* bias = arena_ + unit * UNIT + item.first;
@@ -256,11 +294,13 @@ class Deltas {
 
   const A* arena_;
   const SlotGroups& rows_;
+  const std::vector<SitePart>& parts_;
   const float* x_;
   int64_t in_;
   float* values_;
   int64_t stride_;
-  std::vector<Item>& items_;
+  std::vector<Item>& items_;  // this thread's, until its next Deltas
+  bool empty_;
 };
 
 // y [rows, out] += the products of one site; x [rows, in].
@@ -277,7 +317,7 @@ inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const i
       deltas.compute(counter);
       member.wait();
       const auto [first, last] = member.share(rows);
-      deltas.add_to(y, first, last);
+      for (int64_t row = first; row < last; ++row) deltas.add_to(y, row);
     });
   });
 }
@@ -293,7 +333,9 @@ inline void embedding_add_rows(const AdapterTables& tables, int64_t site, const 
         float h[RANKS_PER_PAGE];
         for (int64_t r = 0; r < RANKS_PER_PAGE; ++r) h[r] = to_float(arena[units[0] * UNIT + ids[t] * RANKS_PER_PAGE + r]);
         Upcoming none;
-        expand_row(y + t * out, h, arena + units[1] * UNIT, out, out, true, none);
+        const float* from = h;
+        float* const to = y + t * out;
+        expand_rows<1>(&to, &from, arena + units[1] * UNIT, out, out, true, none);
       }
     }
   });

@@ -212,10 +212,10 @@ struct DecoderStack : torch::CustomClassHolder {
     if (has_adapters) grow(deltas, rows * std::max({qkv, gate_up, hidden}));
   }
 
-  // y (+)= W x + adapters; `x` holds the float rows, `quantized` their int8 form. A member may then read its own rows of y,
-  // and others after the next barrier.
+  // y (+)= W x; `x` holds the float rows, `quantized` their int8 form. Returns what the adapters add, which is still to be
+  // added to each row by the member that goes on with it.
   template <typename A>
-  void product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
+  Deltas<A> product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
                const A* arena, Counter* counters, const Member& member) {
     const PackedLinear& linear = *one.linear;
     const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, this->deltas.data(), linear.out);
@@ -223,7 +223,7 @@ struct DecoderStack : torch::CustomClassHolder {
       const auto [first, last] = member.share(linear.num_panels());
       multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
       member.wait();
-      return;
+      return deltas;
     }
     // Half of the team begins with the one, half with the other, and goes on with what is left.
     const auto multiply = [&] {
@@ -239,8 +239,7 @@ struct DecoderStack : torch::CustomClassHolder {
     deltas.compute(counters[0]);
     multiply();
     member.wait();
-    const auto [begin, end] = member.share(rows.count);
-    deltas.add_to(y, begin, end);
+    return deltas;
   }
 
   template <typename A>
@@ -249,13 +248,16 @@ struct DecoderStack : torch::CustomClassHolder {
                  PhaseClock& clock) {
     float* x = rows.x;
     const auto [begin, end] = member.share(rows.count);
-    norm_rows(layer.input_norm, *layer.qkv.linear, x, begin, end, scratch);
+    for (int64_t r = begin; r < end; ++r) norm_row(layer.input_norm, *layer.qkv.linear, x, r, scratch);
     member.wait();
     clock.lap(0);
-    product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
+    const Deltas at_qkv = product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
-      for (int64_t r = begin; r < end; ++r) rotate_and_write(layer, keys, values, rows, r);
+      for (int64_t r = begin; r < end; ++r) {
+        at_qkv.add_to(qkv_rows.data(), r);
+        rotate_and_write(layer, keys, values, rows, r);
+      }
     });
     member.wait();
     clock.lap(2);
@@ -269,27 +271,31 @@ struct DecoderStack : torch::CustomClassHolder {
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
     clock.lap(4);
-    product(layer.output, attended.data(), x, true, rows, arena, counters.product(1), member);
+    const Deltas at_output = product(layer.output, attended.data(), x, true, rows, arena, counters.product(1), member);
     clock.lap(5);
-    norm_rows(layer.post_norm, *layer.gate_up.linear, x, begin, end, scratch);
+    for (int64_t r = begin; r < end; ++r) {
+      at_output.add_to(x, r);
+      norm_row(layer.post_norm, *layer.gate_up.linear, x, r, scratch);
+    }
     member.wait();
     clock.lap(6);
-    product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
+    const Deltas at_gate_up = product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
     clock.lap(7);
-    for (int64_t r = begin; r < end; ++r) activate(layer, r, scratch);
+    for (int64_t r = begin; r < end; ++r) {
+      at_gate_up.add_to(gate_up_rows.data(), r);
+      activate(layer, r, scratch);
+    }
     member.wait();
     clock.lap(8);
-    product(layer.down, activated.data(), x, true, rows, arena, counters.product(3), member);
+    const Deltas at_down = product(layer.down, activated.data(), x, true, rows, arena, counters.product(3), member);
+    for (int64_t r = begin; r < end; ++r) at_down.add_to(x, r);
     clock.lap(9);
   }
 
-  void norm_rows(const at::Tensor& weight, const PackedLinear& linear, const float* x, int64_t begin, int64_t end,
-                 QuantizeScratch& scratch) {
-    for (int64_t r = begin; r < end; ++r) {
-      float* to = normed.data() + r * hidden;
-      rms_norm(x + r * hidden, weight.const_data_ptr<float>(), eps, hidden, to);
-      quantize(linear, to, scratch, quantized, r);
-    }
+  void norm_row(const at::Tensor& weight, const PackedLinear& linear, const float* x, int64_t r, QuantizeScratch& scratch) {
+    float* to = normed.data() + r * hidden;
+    rms_norm(x + r * hidden, weight.const_data_ptr<float>(), eps, hidden, to);
+    quantize(linear, to, scratch, quantized, r);
   }
 
   void activate(const DecoderLayer& layer, int64_t r, QuantizeScratch& scratch) {

@@ -183,34 +183,41 @@ inline void store_first(float* to, Floats x, int64_t count) {
 
 #endif
 
-// Rows that dots() takes at once: as many as there are registers for their sums.
+// Products that dots() sums at once: as many as there are registers for.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int DOTS = 8;
 #else
 constexpr int DOTS = 4;
 #endif
 
-// Sums of `R` rows of `a`, which lie `stride` apart, times x. Two accumulators a row; the order depends on `size` alone.
-// Calls between() at each step of two vectors.
-template <int R, typename A, typename Between>
-inline void dots(const A* a, int64_t stride, const float* x, int64_t size, float* out, const Between& between) {
-  Floats even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0.0f);
+// out[q][r]: the sum of row `r` of `a`, of `R` which lie `stride` apart, times x[q], of `Q`. Two accumulators each; the
+// order depends on `size` alone. Calls between() at each step of two vectors.
+template <int R, int Q, typename A, typename Between>
+inline void dots(const A* a, int64_t stride, const float* const* x, int64_t size, float* const* out, const Between& between) {
+  Floats even[Q][R], odd[Q][R];
+  for (int q = 0; q < Q; ++q)
+    for (int r = 0; r < R; ++r) even[q][r] = odd[q][r] = splat(0.0f);
   int64_t i = 0;
   for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
     between();
-    const Floats x0 = load(x + i), x1 = load(x + i + WIDTH);
+    Floats x0[Q], x1[Q];
+    for (int q = 0; q < Q; ++q) x0[q] = load(x[q] + i), x1[q] = load(x[q] + i + WIDTH);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      even[r] = fma(load(a + r * stride + i), x0, even[r]);
-      odd[r] = fma(load(a + r * stride + i + WIDTH), x1, odd[r]);
+      const Floats a0 = load(a + r * stride + i), a1 = load(a + r * stride + i + WIDTH);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) {
+        even[q][r] = fma(a0, x0[q], even[q][r]);
+        odd[q][r] = fma(a1, x1[q], odd[q][r]);
+      }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    float total = sum(even[r]) + sum(odd[r]);
-    for (int64_t j = i; j < size; ++j) total = __builtin_fmaf(to_float(a[r * stride + j]), x[j], total);
-    out[r] = total;
-  }
+  for (int q = 0; q < Q; ++q)
+    for (int r = 0; r < R; ++r) {
+      float total = sum(even[q][r]) + sum(odd[q][r]);
+      for (int64_t j = i; j < size; ++j) total = __builtin_fmaf(to_float(a[r * stride + j]), x[q][j], total);
+      out[q][r] = total;
+    }
 }
 
 // exp(x) for x <= 0 after Cephes' expf: relative error below 2e-7. Written without a call so that it vectorises.
@@ -268,7 +275,8 @@ inline float largest_magnitude(const float* x, int64_t size) {
 // x / sqrt(mean(x^2) + eps) * weight.
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t size, float* out) {
   float square = 0;
-  dots<1>(x, 0, x, size, &square, [] {});
+  float* const to = &square;
+  dots<1, 1>(x, 0, &x, size, &to, [] {});
   const float inverse = 1.0f / std::sqrt(square / static_cast<float>(size) + eps);
   for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * inverse);
 }
