@@ -107,6 +107,13 @@ inline bool acts(const SlotGroups& rows, const SitePart& part, int64_t group) {
   return rows.count(group, part.site) > 0 || rows.bias_unit(group, part.site) >= 0;
 }
 
+inline bool acts(const SlotGroups& rows, const std::vector<SitePart>& parts) {
+  for (const SitePart& part : parts)
+    for (int64_t g = 0; g < rows.size(); ++g)
+      if (acts(rows, part, g)) return true;
+  return false;
+}
+
 // Memory that is read next, asked for evenly over `steps` steps of other work: adapters lie anywhere, and are read once.
 class Upcoming {
  public:
@@ -173,15 +180,16 @@ inline void by_rows(int64_t begin, int64_t end, const Run& run) {
   for (; begin < end; ++begin) run.template operator()<1>(begin);
 }
 
-// What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases.
+// What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases. Computed beside the result
+// and added once it is there, so that the two need not wait for each other: adapters are bound by memory, many rows'
+// products by arithmetic.
 template <typename A>
 class Deltas {
  public:
-  // x [rows, in]; values [rows, stride] take the results, or have them added to what they hold.
+  // x [rows, in]; values [rows, stride] for the results.
   Deltas(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, float* values,
-         int64_t stride, bool accumulate)
-      : arena_(arena), rows_(rows), parts_(parts), x_(x), in_(in), values_(values), stride_(stride), accumulate_(accumulate),
-        items_(items_of_thread()) {
+         int64_t stride)
+      : arena_(arena), rows_(rows), parts_(parts), x_(x), in_(in), values_(values), stride_(stride), items_(items_of_thread()) {
     items_.clear();
     for (int64_t g = 0; g < rows.size(); ++g)
       for (const SitePart& part : parts) {
@@ -272,14 +280,14 @@ class Deltas {
         Upcoming upcoming;
         if (first == item.begin && p + 1 < pages) upcoming = Upcoming(b_page(item, p + 1), b_bytes, expand_steps(size));
         else if (first == item.begin && count(following)) upcoming = Upcoming(a_page(following, 0), a_bytes, expand_steps(size));
-        expand_rows<Q>(to, from, b_page(item, p), width, size, accumulate_ || p > 0, upcoming);
+        expand_rows<Q>(to, from, b_page(item, p), width, size, p > 0, upcoming);
       });
     }
     if (const int64_t unit = rows_.bias_unit(item.group, item.part->site); unit >= 0) {
       const A* bias = arena_ + unit * UNIT + item.first;
       for (int64_t i = item.begin; i < item.end; ++i) {
         float* to = result(item, i);
-        for (int64_t o = 0; o < size; ++o) to[o] = (accumulate_ || pages ? to[o] : 0.0f) + to_float(bias[o]);
+        for (int64_t o = 0; o < size; ++o) to[o] = (pages ? to[o] : 0.0f) + to_float(bias[o]);
       }
     }
   }
@@ -291,7 +299,6 @@ class Deltas {
   int64_t in_;
   float* values_;
   int64_t stride_;
-  bool accumulate_;
   std::vector<Item>& items_;  // this thread's, until its next Deltas
   bool empty_;
 };
@@ -301,10 +308,16 @@ inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const i
                               int64_t in, float* y, int64_t out) {
   const SlotGroups groups(tables, site, site + 1, slots, rows);
   const std::vector<SitePart> parts{{site, 0, out}};
+  if (!acts(groups, parts)) return;
+  Buffer<float> values(rows * out);
   Counter counter;
   tables.with_arena([&](const auto* arena) {
-    with_team(rows * (in + out) < (1 << 13), [&](const Member&) {
-      Deltas(arena, groups, parts, x, in, y, out, true).compute(counter);
+    with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
+      const Deltas deltas(arena, groups, parts, x, in, values.data(), out);
+      deltas.compute(counter);
+      member.wait();
+      const auto [first, last] = member.share(rows);
+      for (int64_t row = first; row < last; ++row) deltas.add_to(y, row);
     });
   });
 }
