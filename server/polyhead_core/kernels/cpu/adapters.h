@@ -107,13 +107,6 @@ inline bool acts(const SlotGroups& rows, const SitePart& part, int64_t group) {
   return rows.count(group, part.site) > 0 || rows.bias_unit(group, part.site) >= 0;
 }
 
-inline bool acts(const SlotGroups& rows, const std::vector<SitePart>& parts) {
-  for (const SitePart& part : parts)
-    for (int64_t g = 0; g < rows.size(); ++g)
-      if (acts(rows, part, g)) return true;
-  return false;
-}
-
 // Memory that is read next, asked for evenly over `steps` steps of other work: adapters lie anywhere, and are read once.
 class Upcoming {
  public:
@@ -180,16 +173,15 @@ inline void by_rows(int64_t begin, int64_t end, const Run& run) {
   for (; begin < end; ++begin) run.template operator()<1>(begin);
 }
 
-// What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases. Computed beside the result
-// and added once it is there, so that the two need not wait for each other: adapters are bound by memory, many rows'
-// products by arithmetic.
+// What a step's adapters add to one layer's result: sum over pages of B^T (A x), and their biases.
 template <typename A>
 class Deltas {
  public:
-  // x [rows, in]; values [rows, stride] for the results.
+  // x [rows, in]; values [rows, stride] take the results, or have them added to what they hold.
   Deltas(const A* arena, const SlotGroups& rows, const std::vector<SitePart>& parts, const float* x, int64_t in, float* values,
-         int64_t stride)
-      : arena_(arena), rows_(rows), parts_(parts), x_(x), in_(in), values_(values), stride_(stride), items_(items_of_thread()) {
+         int64_t stride, bool accumulate)
+      : arena_(arena), rows_(rows), parts_(parts), x_(x), in_(in), values_(values), stride_(stride), accumulate_(accumulate),
+        items_(items_of_thread()) {
     items_.clear();
     for (int64_t g = 0; g < rows.size(); ++g)
       for (const SitePart& part : parts) {
@@ -248,15 +240,17 @@ class Deltas {
   const A* b_page(const Item& item, int64_t p) const {
     return arena_ + rows_.page(item.group, item.part->site, p)[1] * UNIT + item.first;
   }
-  float* result(const Item& item, int64_t i) const {
+  float* place(const Item& item, int64_t i) const {
     return values_ + rows_.order[i] * stride_ + item.part->column + item.first;
   }
 
   // Each page asks for the one that is read after it.
   void compute(const Item& item, const Item& following) const {
-    static thread_local Buffer<float> h;  // [row, rank]
+    static thread_local Buffer<float> h, sums;  // [row, rank], [row, column]
     const int64_t pages = count(item), ranks = pages * RANKS_PER_PAGE, width = item.part->width, size = item.last - item.first;
     grow(h, ROWS * ranks);
+    if (accumulate_) grow(sums, ROWS * size);
+    const auto result = [&](int64_t i) { return accumulate_ ? sums.data() + (i - item.begin) * size : place(item, i); };
     const auto h_of = [&](int64_t i, int64_t p) { return h.data() + (i - item.begin) * ranks + p * RANKS_PER_PAGE; };
     const int64_t a_bytes = RANKS_PER_PAGE * in_ * sizeof(A);
     const int64_t b_bytes = (size == width ? RANKS_PER_PAGE : 1) * size * sizeof(A);
@@ -276,7 +270,7 @@ class Deltas {
       by_rows(item.begin, item.end, [&]<int Q>(int64_t first) {
         const float* from[Q];
         float* to[Q];
-        for (int q = 0; q < Q; ++q) from[q] = h_of(first + q, p), to[q] = result(item, first + q);
+        for (int q = 0; q < Q; ++q) from[q] = h_of(first + q, p), to[q] = result(first + q);
         Upcoming upcoming;
         if (first == item.begin && p + 1 < pages) upcoming = Upcoming(b_page(item, p + 1), b_bytes, expand_steps(size));
         else if (first == item.begin && count(following)) upcoming = Upcoming(a_page(following, 0), a_bytes, expand_steps(size));
@@ -286,9 +280,14 @@ class Deltas {
     if (const int64_t unit = rows_.bias_unit(item.group, item.part->site); unit >= 0) {
       const A* bias = arena_ + unit * UNIT + item.first;
       for (int64_t i = item.begin; i < item.end; ++i) {
-        float* to = result(item, i);
+        float* to = result(i);
         for (int64_t o = 0; o < size; ++o) to[o] = (pages ? to[o] : 0.0f) + to_float(bias[o]);
       }
+    }
+    // As one sum, as where it is added to a result that comes later: both ways give the same bits.
+    for (int64_t i = item.begin; accumulate_ && i < item.end; ++i) {
+      float *to = place(item, i), *from = result(i);
+      for (int64_t o = 0; o < size; ++o) to[o] += from[o];
     }
   }
 
@@ -299,6 +298,7 @@ class Deltas {
   int64_t in_;
   float* values_;
   int64_t stride_;
+  bool accumulate_;
   std::vector<Item>& items_;  // this thread's, until its next Deltas
   bool empty_;
 };
@@ -308,16 +308,10 @@ inline void low_rank_add_rows(const AdapterTables& tables, int64_t site, const i
                               int64_t in, float* y, int64_t out) {
   const SlotGroups groups(tables, site, site + 1, slots, rows);
   const std::vector<SitePart> parts{{site, 0, out}};
-  if (!acts(groups, parts)) return;
-  Buffer<float> values(rows * out);
   Counter counter;
   tables.with_arena([&](const auto* arena) {
-    with_team(rows * (in + out) < (1 << 13), [&](const Member& member) {
-      const Deltas deltas(arena, groups, parts, x, in, values.data(), out);
-      deltas.compute(counter);
-      member.wait();
-      const auto [first, last] = member.share(rows);
-      for (int64_t row = first; row < last; ++row) deltas.add_to(y, row);
+    with_team(rows * (in + out) < (1 << 13), [&](const Member&) {
+      Deltas(arena, groups, parts, x, in, y, out, true).compute(counter);
     });
   });
 }

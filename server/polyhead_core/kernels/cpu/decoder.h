@@ -66,7 +66,13 @@ class PhaseClock {
   std::chrono::steady_clock::time_point last_;
 };
 
-// By which threads share one layer's work as it is done.
+// By which threads share one product's work as it is done.
+struct ProductCounters {
+  Counter& deltas;
+  Counter* panels;  // one for each thread's
+};
+
+// The same for one layer.
 class LayerCounters {
  public:
   static int64_t size(int64_t threads) { return 1 + 4 * (1 + threads); }
@@ -74,8 +80,11 @@ class LayerCounters {
   LayerCounters(Counter* counters, int64_t threads) : counters_(counters), threads_(threads) {}
 
   Counter& attention() const { return counters_[0]; }
-  // Of the layer's n-th product: one for its adapters, then one for the panels of each thread.
-  Counter* product(int64_t n) const { return counters_ + 1 + n * (1 + threads_); }
+  // Of the layer's n-th product.
+  ProductCounters product(int64_t n) const {
+    Counter* first = counters_ + 1 + n * (1 + threads_);
+    return {first[0], first + 1};
+  }
 
  private:
   Counter* counters_;
@@ -193,7 +202,7 @@ struct DecoderStack : torch::CustomClassHolder {
   std::vector<DecoderLayer> layers;
   std::array<double, PHASES.size()> seconds{};
   QuantizedRows quantized;
-  Buffer<float> normed, qkv_rows, attended, gate_up_rows, activated, deltas;
+  Buffer<float> normed, qkv_rows, attended, gate_up_rows, activated, delta_rows;
 
   void reserve(int64_t rows, bool has_adapters) {
     int64_t row_bytes = 0, qkv = 0, gate_up = 0;
@@ -209,34 +218,35 @@ struct DecoderStack : torch::CustomClassHolder {
     grow(attended, rows * heads * width);
     grow(gate_up_rows, rows * gate_up);
     grow(activated, rows * gate_up / 2);
-    if (has_adapters) grow(deltas, rows * std::max({qkv, gate_up, hidden}));
+    if (has_adapters) grow(delta_rows, rows * std::max({qkv, gate_up, hidden}));
   }
 
   // y (+)= W x; `x` holds the float rows, `quantized` their int8 form. Returns what the adapters add, which is still to be
   // added to each row by the member that goes on with it.
   template <typename A>
   Deltas<A> product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
-               const A* arena, Counter* counters, const Member& member) {
+               const A* arena, const ProductCounters& counters, const Member& member) {
     const PackedLinear& linear = *one.linear;
-    const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, this->deltas.data(), linear.out);
+    const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, delta_rows.data(), linear.out, false);
     if (deltas.empty()) {
       const auto [first, last] = member.share(linear.num_panels());
       multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
       member.wait();
       return deltas;
     }
-    // Half of the team begins with the one, half with the other, and goes on with what is left.
+    // Adapters are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with the
+    // other, and goes on with what is left.
     const auto multiply = [&] {
       for (int64_t n = 0; n < member.size; ++n) {
         const int64_t owner = (member.rank + n) % member.size;
         const auto [first, last] = Member{owner, member.size, nullptr}.share(linear.num_panels());
         const int64_t some = std::max<int64_t>(1, (last - first) / 8);
-        for (int64_t begin; (begin = first + counters[1 + owner].take() * some) < last;)
+        for (int64_t begin; (begin = first + counters.panels[owner].take() * some) < last;)
           multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last), y, linear.out, accumulate);
       }
     };
     if (member.rank % 2) multiply();
-    deltas.compute(counters[0]);
+    deltas.compute(counters.deltas);
     multiply();
     member.wait();
     return deltas;
@@ -279,7 +289,8 @@ struct DecoderStack : torch::CustomClassHolder {
     }
     member.wait();
     clock.lap(6);
-    const Deltas at_gate_up = product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
+    const Deltas at_gate_up =
+        product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
     clock.lap(7);
     for (int64_t r = begin; r < end; ++r) {
       at_gate_up.add_to(gate_up_rows.data(), r);
