@@ -41,6 +41,7 @@ _ROUNDS, _CALLS = 5, 10
 _EXACT_OUTPUTS = 512  # that are converted to float64 at a time
 _FLOAT_TOLERANCE = 0.03  # of the largest result, for products with activations in bfloat16
 _FLUSHED_BYTES = 128 << 20  # more than any device's L2: a layer's weights come from memory, as between two layers
+_FLUSHES = 8  # a quarter of a millisecond, in which a call is launched: its time on the host is not counted
 
 W8A8Product = Callable[..., Tensor]
 """As int8_linear.int8_product."""
@@ -278,7 +279,8 @@ def sample_alternating(calls: Sequence[Callable[[], object]]) -> list[list[float
 
 def _seconds_of(call: Callable[[], object], flushed: Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flushed.zero_()
+    for _ in range(_FLUSHES):
+        flushed.zero_()
     start.record()
     call()
     end.record()
