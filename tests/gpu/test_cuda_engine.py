@@ -13,6 +13,8 @@ from polyhead_core.backbone import load_backbone
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import reference
 from polyhead_server.config import ServerConfig
+from polyhead_server.engine.sampler import SamplerRow, sample
+from polyhead_server.request import SamplingParams
 from tiny import TARGETS, reference_model, save_adapter, save_backbone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -58,6 +60,25 @@ def test_greedy_tokens_equal_the_cpu(quantization: str, tmp_path: Path) -> None:
         logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
     assert (score - expected).abs().max() < (1e-3 if quantization == "none" else 1.0)
+
+
+def test_tokens_of_logits_on_the_device_are_those_on_the_host() -> None:
+    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(3)) * 3
+    logits[4, 7] = torch.nan
+    asked = [
+        SamplingParams(temperature=1.0, top_p=0.9, seed=1),
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.2, seed=2),
+        SamplingParams(repetition_penalty=1.2),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, min_p=0.1, seed=3),
+    ]
+    on_host, on_device = (
+        sample(one, [SamplerRow(params, [1, 2, 3], 2, params.seed or 0, (0,)) for params in asked])
+        for one in (logits, logits.cuda())
+    )
+    assert [one for one in on_device if one is not on_device[4]] == [one for one in on_host if one is not on_host[4]]
+    assert type(on_device[4]) is type(on_host[4])
 
 
 def test_recorded_decode_steps_give_the_same_tokens(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from kernel_cases import int8_arguments, needs_compiler
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.kernels import dispatch, reference
 from polyhead_core.kernels.cpu import build
+from polyhead_core.kernels.draw import Draw
 
 pytestmark = needs_compiler
 
@@ -310,3 +311,32 @@ def test_greedy_equals_the_reference(seed: int) -> None:
     got = dispatch.greedy(logits)
     assert torch.equal(got, reference.greedy(logits))
     assert (got[rows // 2] == -1) == (seed < 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_draws_equal_the_reference(seed: int) -> None:
+    """At the ends of a token's share rounding decides between it and its neighbour."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    vocab = (1, 2, 17, 511, 513, 5000, 20_000, 50_000)[seed]
+    rows, draws = [], []
+    for _ in range(40):
+        logits = torch.randn(vocab, generator=generator) * rng.choice([0.1, 1, 5, 30])
+        logits[torch.rand(vocab, generator=generator) < rng.choice([0.0, 0.5])] = -torch.inf
+        logits[vocab // 2] = 1.0
+        rows.append(logits.round() if rng.random() < 0.5 else logits)  # with ties
+        draws.append(
+            Draw(
+                temperature=rng.choice([1e-30, 0.2, 0.7, 1.0, 3.0, 100.0]),
+                top_k=rng.choice([0, 0, 1, 3, 50, vocab - 1, vocab, 10**6]),
+                top_p=rng.choice([1.0, 1.0, 1e-300, 0.3, 0.9, 0.999]),
+                min_p=rng.choice([0.0, 0.0, 0.05, 1.0]),
+                uniform=rng.random(),
+            )
+        )
+    got = dispatch.draw(rows, draws)
+    least, most = (
+        reference.draw(rows, [how._replace(uniform=min(max(0.0, how.uniform + nudge), 1.0)) for how in draws])
+        for nudge in (-1e-6, 1e-6)
+    )
+    assert all(a <= token <= b for a, token, b in zip(least, got, most, strict=True))
+    assert sum(a == b for a, b in zip(least, most, strict=True)) > 30, "a loose test"

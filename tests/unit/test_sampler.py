@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from polyhead_core.errors import EngineFailure
+from polyhead_core.kernels import dispatch
 from polyhead_server.engine.logprobs import token_logprobs, top_n
-from polyhead_server.engine.sampler import Sampled, SamplerRow, adjusted, candidates, sample
+from polyhead_server.engine.sampler import Sampled, SamplerRow, adjusted, sample
 from polyhead_server.request import SamplingParams
 
 EOS = 0
@@ -67,15 +68,15 @@ def reference_probabilities(logits: list[float], params: SamplingParams) -> npt.
     return result
 
 
-def probabilities(logits_V: npt.NDArray[np.float32], params: SamplingParams) -> npt.NDArray[np.float64]:
-    ids, weights = candidates(logits_V, params)
-    result = np.zeros(len(logits_V))
-    result[slice(None) if ids is None else ids] = weights
-    return result / result.sum()
+def draws(logits_V: npt.NDArray[np.float32], params: SamplingParams, uniforms: npt.NDArray[np.float64]) -> list[int]:
+    how = row_of(params).next_draw()
+    row = torch.from_numpy(logits_V)
+    return dispatch.draw([row] * len(uniforms), [how._replace(uniform=float(one)) for one in uniforms])
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_distributions_equal_the_reference(seed: int) -> None:
+def test_draws_invert_the_references_distribution(seed: int) -> None:
+    """The token at `uniform` is the one in whose share of the probabilities, laid end to end, it lies."""
     rng = random.Random(seed)
     generator = np.random.default_rng(seed)
     for _ in range(60):
@@ -87,9 +88,15 @@ def test_distributions_equal_the_reference(seed: int) -> None:
             top_p=rng.choice([1.0, 1.0, 0.05, 0.5, 0.93, 0.9999]),
             min_p=rng.choice([0.0, 0.0, 0.02, 0.4]),
         )
-        np.testing.assert_allclose(
-            probabilities(logits, params), reference_probabilities(logits.tolist(), params), rtol=1e-4, atol=1e-6
-        )
+        expected = reference_probabilities(logits.tolist(), params)
+        cumulated = expected.cumsum()
+        uniforms = np.concatenate([[0.0, np.nextafter(1.0, 0.0)], generator.random(60), cumulated - expected / 2])
+        uniforms = uniforms[uniforms < 1.0]
+        tokens = draws(logits, params, uniforms)
+        assert (expected[tokens] > 0).all(), params
+        assert (cumulated[tokens] >= uniforms - 1e-5).all(), params
+        assert ((cumulated - expected)[tokens] <= uniforms + 1e-5).all(), params
+        assert len(set(tokens)) >= np.count_nonzero(expected > 1e-4), params
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -117,14 +124,20 @@ def test_penalties_and_bans_equal_the_reference(seed: int) -> None:
 
 def test_ties_keep_the_lower_ids() -> None:
     flat = np.zeros(10, dtype=np.float32)
-    assert np.flatnonzero(probabilities(flat, SamplingParams(temperature=1.0, top_k=3))).tolist() == [0, 1, 2]
-    assert np.flatnonzero(probabilities(flat, SamplingParams(temperature=1.0, top_p=0.35))).tolist() == [0, 1, 2, 3]
+    flat[::2] = -0.0  # equal all the same
+    uniforms = np.linspace(0.0, 1.0, 100, endpoint=False)
+    assert set(draws(flat, SamplingParams(temperature=1.0, top_k=3), uniforms)) == {0, 1, 2}
+    assert set(draws(flat, SamplingParams(temperature=1.0, top_p=0.35), uniforms)) == {0, 1, 2, 3}
     assert tokens_of(sample(torch.zeros(2, 10), [row_of(SamplingParams())] * 2)) == [0, 0]
 
 
 def test_a_nucleus_of_most_of_a_large_flat_vocabulary() -> None:
     logits = np.zeros(20_000, dtype=np.float32)
-    assert np.count_nonzero(probabilities(logits, SamplingParams(temperature=1.0, top_p=0.75))) == 15_000
+    assert draws(logits, SamplingParams(temperature=1.0, top_p=0.75), np.array([0.0, 0.5, 0.99999])) == [
+        0,
+        7500,
+        14_999,
+    ]
 
 
 MIXED = [
@@ -162,13 +175,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_seeds_fix_the_draws_and_differ() -> None:
     logits = torch.zeros(1, 1000)
 
-    def draws(seed: int) -> list[int]:
+    def twenty(seed: int) -> list[int]:
         row = row_of(SamplingParams(temperature=1.0, seed=seed))
         return [tokens_of(sample(logits, [row]))[0] for _ in range(20)]
 
-    assert draws(5) == draws(5)
-    assert draws(5) != draws(6)
-    assert len(set(draws(2**64 - 1))) > 10
+    assert twenty(5) == twenty(5)
+    assert twenty(5) != twenty(6)
+    assert len(set(twenty(2**64 - 1))) > 10
 
 
 @pytest.mark.parametrize(
@@ -219,10 +232,7 @@ def test_extreme_parameters_still_draw_a_token(params: SamplingParams, scale: fl
         assert 0 <= token < size
         values = adjusted(logits[0].numpy(), row)
         assert not np.isnan(values).any()
-        if not params.is_greedy:
-            p = probabilities(values, params)
-            assert np.isfinite(p).all()
-            assert p[token] > 0
+        assert values[token] > -np.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

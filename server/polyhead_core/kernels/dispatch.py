@@ -6,6 +6,7 @@ pages in bfloat16 Triton's attention also rounds its weights to bfloat16, for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from polyhead_core.kernels import reference
 from polyhead_core.kernels.decoder import DecoderShape, DecoderStack
+from polyhead_core.kernels.draw import Draw
 from polyhead_core.kernels.tables import AdapterTables
 
 
@@ -161,6 +163,15 @@ def greedy(logits_LV: Tensor) -> Tensor:
     """See reference.greedy; [L] int64."""
     kernels = _cpu(logits_LV)
     result: Tensor = (reference if kernels is None else kernels).greedy(logits_LV.contiguous())
+    return result
+
+
+def draw(rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
+    """See reference.draw; rows on the CPU, each contiguous."""
+    kernels = _cpu(rows[0]) if rows else None
+    if kernels is None:
+        return reference.draw(rows, draws)
+    result: list[int] = kernels.draw(list(rows), torch.tensor(draws, dtype=torch.float64)).tolist()
     return result
 
 

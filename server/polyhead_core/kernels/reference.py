@@ -5,14 +5,19 @@ Shapes: T tokens (rows), I input width, O output width, H query heads, G key/val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, pad, silu
 
 from polyhead_core.kernels.decoder import Activation, DecoderLayer, DecoderShape, DecoderStep, Int8Group
+from polyhead_core.kernels.draw import Draw
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 
 INT8_MAX = 127.0
+LEAST_EXPONENT = -87.0
+"""Of a token's weight in a draw; below it the weight is 0, as float32 would have it a little later."""
 
 
 def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +165,30 @@ def greedy(logits_LV: Tensor) -> Tensor:
     largest_L1 = logits_LV.amax(dim=-1, keepdim=True)
     ids_L = (logits_LV == largest_L1).to(torch.int8).argmax(dim=-1)
     return torch.where(logits_LV.isfinite().all(dim=-1), ids_L, -1)
+
+
+def draw(rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:
+    """A token for each row of float32 logits [V], which may hold minus infinity but for one."""
+    return [_draw(logits_V, how) for logits_V, how in zip(rows, draws, strict=True)]
+
+
+def _draw(logits_V: Tensor, how: Draw) -> int:
+    exponents_V = (logits_V - logits_V.max()) / how.temperature
+    weights_V = exponents_V.exp().where(exponents_V >= LEAST_EXPONENT, 0.0).double()
+    ids_C = logits_V.argsort(descending=True, stable=True)
+    if how.top_k:
+        ids_C = ids_C[: how.top_k]
+    if how.top_p < 1.0:
+        cumulative_C = weights_V[ids_C].cumsum(0)
+        ids_C = ids_C[cumulative_C - weights_V[ids_C] < how.top_p * cumulative_C[-1]]
+    ids_C = ids_C.sort().values
+    weights_C = weights_V[ids_C]
+    cumulative_C = weights_C.where(weights_C >= torch.tensor(how.min_p, dtype=torch.float32), 0.0).cumsum(0)
+    # Below the total, which none exceeds.
+    target = torch.minimum(
+        how.uniform * cumulative_C[-1], torch.nextafter(cumulative_C[-1], torch.zeros_like(cumulative_C[-1]))
+    )
+    return int(ids_C[torch.searchsorted(cumulative_C, target, right=True)])
 
 
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, k_pages_NGBD: Tensor, v_pages_NGBD: Tensor, slot_mapping_T: Tensor) -> None:

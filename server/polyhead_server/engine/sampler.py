@@ -1,12 +1,10 @@
 """Logits to tokens, each row by its own parameters and generator. A row's token never depends on the other rows.
 
-Rows are therefore worked on one by one but for the plain argmax, and with NumPy on the host: one row is too little work
-for torch's threads, which wait for each other where the cores are busy. L rows, V vocabulary, C candidates.
+L rows, V vocabulary, C candidates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +16,12 @@ from torch import Tensor
 
 from polyhead_core.errors import EngineFailure
 from polyhead_core.kernels import dispatch
+from polyhead_core.kernels.draw import Draw
 from polyhead_server.engine.logprobs import token_logprobs
 from polyhead_server.request import SamplingParams, TokenLogprob
 
 _MIN_TEMPERATURE = 1e-30
 """Below this float32 would divide 0 by 0; the draw has long become the argmax."""
-_NUCLEUS_THRESHOLDS = (1e-2, 1e-4, 1e-7)
-"""Weights relative to the likeliest, from which top_p looks for its tokens."""
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -57,16 +54,17 @@ class SamplerRow:
         return len(self.token_ids) - self.num_prompt_tokens < self.params.min_tokens and bool(self.end_token_ids)
 
     @property
-    def takes_plain_argmax(self) -> bool:
+    def adjusts_logits(self) -> bool:
         params = self.params
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        return params.is_greedy and penalties == (1.0, 0.0, 0.0) and not self.bans_end
+        return penalties != (1.0, 0.0, 0.0) or self.bans_end
 
-    def uniform(self) -> float:
-        """The next draw from [0, 1)."""
+    def next_draw(self) -> Draw:
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        params = self.params
+        return Draw(max(params.temperature, _MIN_TEMPERATURE), params.top_k, params.top_p, params.min_p, uniform)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +80,36 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | Engi
     if not rows:
         return []
     likeliest = dispatch.greedy(logits_LV).tolist()
-    finite = [token_id >= 0 for token_id in likeliest]
-    tokens: dict[int, int] = {}
-    for index, row in enumerate(rows):
-        if finite[index]:
-            plain = row.takes_plain_argmax
-            tokens[index] = likeliest[index] if plain else _draw(logits_LV[index].cpu().numpy(), row)
+    tokens = {index: token_id for index, token_id in enumerate(likeliest) if token_id >= 0}
+    special = [index for index in tokens if rows[index].adjusts_logits or not rows[index].params.is_greedy]
+    tokens |= _special_tokens(logits_LV, rows, special)
     logprobs = _logprobs(logits_LV, rows, tokens)
     return [
         Sampled(tokens[index], logprobs.get(index))
-        if finite[index]
+        if index in tokens
         else EngineFailure("the model's logits are not finite")
         for index in range(len(rows))
     ]
+
+
+def _special_tokens(logits_LV: Tensor, rows: Sequence[SamplerRow], indices: Sequence[int]) -> dict[int, int]:
+    """Of the rows `indices`, which do not take the plain argmax."""
+    on_host = logits_LV.device.type == "cpu"
+    logits = [logits_LV[index] for index in indices] if on_host else list(logits_LV[list(indices)].cpu())
+    tokens: dict[int, int] = {}
+    drawn: list[tuple[int, Tensor, Draw]] = []
+    for index, logits_V in zip(indices, logits, strict=True):
+        row = rows[index]
+        if row.adjusts_logits:
+            logits_V = torch.from_numpy(adjusted(logits_V.numpy(), row))
+        if row.params.is_greedy:
+            tokens[index] = int(
+                logits_V.numpy().argmax()
+            )  # of equal ones the lowest id, which torch's does not promise
+        else:
+            drawn.append((index, logits_V, row.next_draw()))
+    found = dispatch.draw([logits_V for _, logits_V, _ in drawn], [draw for *_, draw in drawn])
+    return tokens | {index: token for (index, *_), token in zip(drawn, found, strict=True)}
 
 
 def adjusted(logits_V: Floats, row: SamplerRow) -> Floats:
@@ -122,67 +137,6 @@ def adjusted(logits_V: Floats, row: SamplerRow) -> Floats:
         if len(banned) < vocabulary:
             logits_V[banned] = -np.inf
     return logits_V
-
-
-def candidates(logits_V: Floats, params: SamplingParams) -> tuple[Ints | None, Floats]:
-    """Ids and weights of the tokens that may be drawn at a temperature > 0; the likeliest token has the weight 1.
-
-    Ids None: all tokens in order. The order of filters is temperature, top_k, top_p, min_p, each on what the one before
-    left; of equally likely tokens the lower ids are kept.
-    """
-    temperature = np.float32(max(params.temperature, _MIN_TEMPERATURE))
-    # Far from the largest this overflows to minus infinity, whose weight is rightly 0.
-    with np.errstate(over="ignore", under="ignore"):
-        weights_V = np.exp((logits_V - logits_V.max()) / temperature)
-    ids_C: Ints | None = None
-    weights_C = weights_V
-    if 0 < params.top_k < len(logits_V):
-        # By the logits: at a high temperature different ones can round to the same weight.
-        kth = np.partition(logits_V, -params.top_k)[-params.top_k]
-        ids_C = _likeliest_first(np.flatnonzero(logits_V >= kth), logits_V)[: params.top_k]
-        weights_C = weights_V[ids_C]
-    if params.top_p < 1.0:
-        mass = params.top_p * float(weights_C.sum(dtype=np.float64))
-        if ids_C is None:
-            ids_C = _likeliest_first(_at_least_nucleus(weights_V, mass), logits_V)
-            weights_C = weights_V[ids_C]
-        before_C = weights_C.cumsum(dtype=np.float64) - weights_C
-        keep = max(1, int(np.count_nonzero(before_C < mass)))
-        ids_C, weights_C = ids_C[:keep], weights_C[:keep]
-    if params.min_p > 0.0:
-        weights_C = np.where(weights_C >= np.float32(params.min_p), weights_C, np.float32(0.0))
-    return ids_C, weights_C
-
-
-def _likeliest_first(ids_C: Ints, logits_V: Floats) -> Ints:
-    """Of equal logits the lower id first, as `ids_C` ascend."""
-    return ids_C[np.argsort(-logits_V[ids_C], kind="stable")]
-
-
-def _at_least_nucleus(weights_V: Floats, mass: float) -> Ints:
-    """Ascending ids of the tokens above a threshold that together reach `mass` (Holtzman et al. 2020).
-
-    They hold the nucleus, and spare sorting the whole vocabulary where the distribution is not flat.
-    """
-    for threshold in _NUCLEUS_THRESHOLDS:
-        above = weights_V >= threshold
-        if float(weights_V[above].sum(dtype=np.float64)) >= mass:
-            return np.flatnonzero(above)
-    return np.arange(len(weights_V))
-
-
-def _draw(logits_V: Floats, row: SamplerRow) -> int:
-    logits_V = adjusted(logits_V, row)
-    if row.params.is_greedy:
-        return int(logits_V.argmax())
-    ids_C, weights_C = candidates(logits_V, row.params)
-    cumulative_C = weights_C.cumsum(dtype=np.float64)
-    total = float(cumulative_C[-1])
-    # The first candidate whose cumulated weight exceeds the target has a weight of its own; rounding must not reach
-    # the total, which none exceeds.
-    target = min(row.uniform() * total, math.nextafter(total, 0.0))
-    index = int(cumulative_C.searchsorted(target, side="right"))
-    return index if ids_C is None else int(ids_C[index])
 
 
 def _logprobs(logits_LV: Tensor, rows: Sequence[SamplerRow], tokens: dict[int, int]) -> dict[int, TokenLogprob]:

@@ -12,6 +12,7 @@
 #include "decoder.h"
 #include "int8_backward.h"
 #include "logits.h"
+#include "sampling.h"
 
 namespace polyhead {
 namespace {
@@ -106,6 +107,25 @@ at::Tensor greedy(const at::Tensor& logits) {
   return ids;
 }
 
+at::Tensor draw(at::TensorList rows, const at::Tensor& draws) {
+  TORCH_CHECK(draws.dim() == 2 && draws.size(0) == static_cast<int64_t>(rows.size()) && draws.size(1) == 5 &&
+                  draws.scalar_type() == at::kDouble && draws.is_contiguous(),
+              "expected contiguous float64 draws [", rows.size(), ", 5], got ", draws.sizes(), " of ", draws.scalar_type());
+  std::vector<const float*> logits;
+  std::vector<Draw> how;
+  for (const at::Tensor& row : rows) {
+    TORCH_CHECK(row.scalar_type() == at::kFloat && row.is_contiguous() && row.dim() == 1 && row.numel() > 0 &&
+                    row.numel() == rows[0].numel(),
+                "draw reads contiguous float32 rows of one length");
+    const double* const of = draws.const_data_ptr<double>() + 5 * logits.size();
+    how.push_back({static_cast<float>(of[0]), static_cast<int64_t>(of[1]), of[2], static_cast<float>(of[3]), of[4]});
+    logits.push_back(row.const_data_ptr<float>());
+  }
+  at::Tensor ids = at::empty({draws.size(0)}, at::kLong);
+  if (!rows.empty()) draw_rows(logits, rows[0].numel(), how, ids.data_ptr<int64_t>());
+  return ids;
+}
+
 }  // namespace
 }  // namespace polyhead
 
@@ -131,6 +151,7 @@ TORCH_LIBRARY(polyhead_cpu, library) {
   library.def("embedding_add(Tensor(a!) y, Tensor ids, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
               "int site, Tensor slots) -> ()", &embedding_add);
   library.def("greedy(Tensor logits) -> Tensor", &greedy);
+  library.def("draw(Tensor[] rows, Tensor draws) -> Tensor", &draw);
   library.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor sequences, "
               "Tensor positions, float scale, int window, float softcap) -> Tensor", &paged_attention);
 }
