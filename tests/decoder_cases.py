@@ -61,7 +61,8 @@ def decoder_case(
     pages: torch.dtype = torch.float32,
     transposed_keys: bool = False,
 ) -> DecoderCase:
-    """Three sequences: one in the middle, of which three tokens are computed, and two at their next token."""
+    """Three sequences: one in the middle, of which three tokens are computed, and two at their next token; two begin
+    within their first block."""
     generator = seeded(seed)
     heads, kv_heads, width = ((4, 2, 16), (3, 1, 32), (6, 6, 16))[seed % 3]
     shape = DecoderShape(
@@ -80,13 +81,16 @@ def decoder_case(
     positions = [at for length, count in zip(lengths, counts, strict=True) for at in range(length, length + count)]
     sequence = [index for index, count in enumerate(counts) for _ in range(count)]
     blocks = torch.randperm(BLOCKS, generator=generator).view(3, BLOCKS // 3)
+    offsets = (5, 0, 2)
+    places = [offsets[s] + at for s, at in zip(sequence, positions, strict=True)]
     slots = torch.tensor([2, 2, 2, -1, 3] if adapters else [-1] * 5, dtype=torch.int32)
     step = SimpleNamespace(
         positions=torch.tensor(positions, device=device),
         sequence=torch.tensor(sequence, dtype=torch.int32, device=device),
         block_tables=blocks.to(device, torch.int32),
+        key_offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
         slot_mapping=torch.tensor(
-            [int(blocks[s, at // BLOCK]) * BLOCK + at % BLOCK for s, at in zip(sequence, positions, strict=True)],
+            [int(blocks[s, at // BLOCK]) * BLOCK + at % BLOCK for s, at in zip(sequence, places, strict=True)],
             device=device,
         ),
         adapter_slots=slots.to(device),

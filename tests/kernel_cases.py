@@ -105,3 +105,27 @@ def random_pages(seed: int, tokens: int = 6) -> dict[str, torch.Tensor]:
         "sequence": sequence.to(DEVICE, torch.int32),
         "positions": positions.to(DEVICE),
     }
+
+
+def with_keys_first(
+    keys_NGBD: torch.Tensor, values_NGBD: torch.Tensor, tables_SM: torch.Tensor, offsets_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages in which each sequence's keys and values stand `offset` places earlier."""
+    moved = keys_NGBD.clone(), values_NGBD.clone()
+    block = keys_NGBD.shape[2]
+    for blocks, offset in zip(tables_SM.long(), offsets_S.tolist(), strict=True):
+        for source, target in zip((keys_NGBD, values_NGBD), moved, strict=True):
+            line = source[blocks].transpose(0, 1).flatten(1, 2).roll(-offset, dims=1)  # [G, places, D]
+            target[blocks] = line.unflatten(1, (len(blocks), block)).transpose(0, 1)
+    return moved
+
+
+def spoil_front(
+    keys_NGBD: torch.Tensor, values_NGBD: torch.Tensor, tables_SM: torch.Tensor, offsets_S: torch.Tensor
+) -> None:
+    """NaN in front of each sequence's first key, where a block may hold anything."""
+    block = keys_NGBD.shape[2]
+    for blocks, offset in zip(tables_SM.tolist(), offsets_S.tolist(), strict=True):
+        for place in range(offset):
+            for pages in (keys_NGBD, values_NGBD):
+                pages[blocks[place // block], :, place % block] = torch.nan

@@ -74,8 +74,10 @@ def compile_for(dtype: torch.dtype, layer: Any) -> None:
     low_rank.embedding_add(torch.zeros(64, 256, dtype=dtype), slots.long(), tables, 1, slots)
     q, pages = torch.randn(64, 32, 128).to(dtype), torch.randn(80, 8, 16, 128).to(dtype)
     blocks, positions = torch.zeros(8, 80, dtype=torch.int32), slots.long()
-    for split, window, softcap in ((False, 0, 0.0), (False, 70, 0.0), (True, 70, 5.0)):
-        attention.paged_attention(q, pages, pages, blocks, slots, positions, 0.1, window, softcap, split=split)
+    for split, window, softcap, offsets in (
+        (False, 0, 0.0, None), (False, 70, 0.0, slots[:8]), (True, 70, 5.0, slots[:8])
+    ):  # fmt: skip
+        attention.paged_attention(q, pages, pages, blocks, slots, positions, 0.1, window, softcap, offsets, split=split)
     k, angle = pages[:64, :, 0], torch.zeros(64, 128)
     rotary.rotary_write_kv(q, k, k, angle, angle, pages, pages, positions)
     rotary.write_kv(k, k, pages, pages, positions)

@@ -21,6 +21,8 @@ from kernel_cases import (
     random_slots,
     random_tables,
     seeded,
+    spoil_front,
+    with_keys_first,
 )
 from polyhead_core.kernels import reference
 from polyhead_core.kernels.decoder import Activation
@@ -295,6 +297,22 @@ def test_paged_attention_equals_the_reference(
         return
     narrow = attention.paged_attention(q.bfloat16(), *pages, *where, *rest)
     torch.testing.assert_close(narrow.float(), slow, **CLOSE[torch.bfloat16])
+
+
+@pytest.mark.parametrize(("window", "split"), [(0, False), (0, True), (5, True)])
+def test_keys_that_begin_within_a_block_are_attended_to_as_if_moved_to_its_beginning(
+    window: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SEGMENT", 32)
+    p = random_pages(2)
+    offsets = torch.tensor([3, 0, 40], dtype=torch.int32, device=DEVICE)
+    room = p["tables"].shape[1] * p["k"].shape[2] - offsets[p["sequence"].long()]
+    rest = (p["sequence"], p["positions"].minimum(room - 1), 0.2, window, 0.0)
+    moved = with_keys_first(p["k"], p["v"], p["tables"], offsets)
+    expected = reference.paged_attention(p["q"], *moved, p["tables"], *rest)
+    spoil_front(p["k"], p["v"], p["tables"], offsets)
+    found = attention.paged_attention(p["q"], p["k"], p["v"], p["tables"], *rest, offsets, split=split)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -209,6 +209,35 @@ def test_paged_attention_equals_the_reference(
         assert torch.equal(alone[0], fast[row])
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_begin_within_a_block_are_attended_to_as_if_moved_to_its_beginning(
+    seed: int, window: int, dtype: torch.dtype
+) -> None:
+    p = random_pages(seed)
+    keys, values = key_pages(p, dtype, transposed=True), p["v"].to(dtype)
+    offsets = torch.tensor([seed, 0, seed + 4], dtype=torch.int32)
+    room = p["tables"].shape[1] * keys.shape[2] - offsets[p["sequence"].long()]
+    positions = p["positions"].minimum(room - 1)
+    moved = kernel_cases.with_keys_first(keys, values, p["tables"], offsets)
+    rest = (p["sequence"], positions, 0.2, window, 0.0)
+    expected = reference.paged_attention(p["q"], *moved, p["tables"], *rest)
+    torch.testing.assert_close(
+        reference.paged_attention(p["q"], keys, values, p["tables"], *rest, offsets), expected, rtol=1e-5, atol=1e-5
+    )
+    kernel_cases.spoil_front(keys, values, p["tables"], offsets)
+    found = dispatch.paged_attention(p["q"], keys, values, p["tables"], *rest, offsets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for row in range(len(p["q"])):
+        one, alone = slice(row, row + 1), p["sequence"][row : row + 1]
+        got = dispatch.paged_attention(
+            p["q"][one], keys, values, p["tables"][alone.long()], torch.zeros_like(alone), positions[one], 0.2, window,
+            0.0, offsets[alone.long()],
+        )  # fmt: skip
+        assert torch.equal(got[0], found[row])
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 21])

@@ -140,22 +140,20 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    key_offsets_S: Tensor | None = None,
 ) -> Tensor:
     """See reference.paged_attention; the result [T, H, D] has q's type."""
-    kernels = _cpu(q_THD)
-    if triton := _triton(q_THD):
-        attended: Tensor = triton.paged_attention(
-            q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap
-        )
-        return attended
-    if kernels is None:
-        return reference.paged_attention(
-            q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap
-        )
-    result: Tensor = kernels.paged_attention(
-        q_THD.float().contiguous(), k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T,
-        scale, sliding_window, softcap,
+    arguments = (
+        k_pages_NGBD, v_pages_NGBD, block_tables_SM, sequence_T, positions_T, scale, sliding_window, softcap,
+        key_offsets_S,
     )  # fmt: skip
+    if triton := _triton(q_THD):
+        attended: Tensor = triton.paged_attention(q_THD, *arguments)
+        return attended
+    kernels = _cpu(q_THD)
+    if kernels is None:
+        return reference.paged_attention(q_THD, *arguments)
+    result: Tensor = kernels.paged_attention(q_THD.float().contiguous(), *arguments)
     return result.to(q_THD.dtype)
 
 

@@ -137,17 +137,21 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    key_offsets_S: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each token over its own sequence's KV pages: softmax(scale q K^T) V.
 
     Pages hold [num_blocks, G, block_size, D]. Token t belongs to sequence sequence_T[t] and sees the keys at positions
     0..positions_T[t], of which only the last `sliding_window` if that is not 0. softcap: s = c tanh(s / c) (Gemma 2).
+    key_offsets_S, int32: where in its blocks a sequence has position 0; None: at their beginning. A prefix whose pages
+    many sequences share, in front of their own, ends with a block so, whatever its length.
     """
     num_heads, num_kv_heads, block_size = q_THD.shape[1], k_pages_NGBD.shape[1], k_pages_NGBD.shape[2]
     out_THD = torch.empty_like(q_THD)
     for t in range(q_THD.shape[0]):
-        end = int(positions_T[t]) + 1
-        begin = max(0, end - sliding_window) if sliding_window else 0
+        offset = 0 if key_offsets_S is None else int(key_offsets_S[int(sequence_T[t])])
+        end = offset + int(positions_T[t]) + 1
+        begin = max(offset, end - sliding_window) if sliding_window else offset
         blocks = block_tables_SM[int(sequence_T[t]), : (end + block_size - 1) // block_size].long()
         keys = k_pages_NGBD[blocks].transpose(0, 1).flatten(1, 2)[:, begin:end].float()  # [G, L, D]
         values = v_pages_NGBD[blocks].transpose(0, 1).flatten(1, 2)[:, begin:end].float()
@@ -232,7 +236,7 @@ def decoder_layer(
     write_kv(k_TGD, v_TGD, layer.key_pages_NGBD, layer.value_pages_NGBD, step.slot_mapping)
     attended_THD = paged_attention(
         q_THD, layer.key_pages_NGBD, layer.value_pages_NGBD, step.block_tables, step.sequence, step.positions,
-        layer.scale, layer.sliding_window, layer.softcap,
+        layer.scale, layer.sliding_window, layer.softcap, step.key_offsets,
     )  # fmt: skip
     x_TH = x_TH + product(layer.output, attended_THD.flatten(1), (o_site, shape.hidden))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 RANKS_PER_PAGE = 8
@@ -25,3 +26,14 @@ class AdapterTables:
     pages: Tensor  # [num_slots, num_sites, max_pages, 2] int32: units where A_p and B_p start
     bias: Tensor  # [num_slots, num_sites] int32: unit where a [out] bias to add starts; -1: none
     acts: Tensor  # [num_slots, num_sites] bool, on the host: whether the slot has pages or a bias at the site
+
+    @classmethod
+    def without_adapters(cls, num_sites: int, device: torch.device) -> AdapterTables:
+        """For rows of slot -1 alone."""
+        return cls(
+            arena=torch.zeros(UNIT, device=device),
+            num_pages=torch.zeros(1, num_sites, dtype=torch.int32, device=device),
+            pages=torch.zeros(1, num_sites, 1, 2, dtype=torch.int32, device=device),
+            bias=torch.full((1, num_sites), -1, dtype=torch.int32, device=device),
+            acts=torch.zeros(1, num_sites, dtype=torch.bool),
+        )

@@ -73,5 +73,6 @@ def paged_attention_forward(
         facts.scale,
         facts.sliding_window,
         facts.softcap,
+        batch.key_offsets,
     )
     return out_THD.unsqueeze(0), None

@@ -26,6 +26,9 @@ class BatchRow:
     block_ids: SequenceOf[int]
     slot: int
     """Adapter slot; -1: none."""
+    key_offset: int = 0
+    """The place of position 0 in `block_ids`: pages that the row shares with others end with a block, see
+    kernels/reference.py:paged_attention."""
     num_logits: int = 1
     """Logits are wanted at this many of the last positions."""
 
@@ -38,6 +41,7 @@ class StepBatch:
     positions: Tensor  # [T] int64
     sequence: Tensor  # [T] int32: row of block_tables
     block_tables: Tensor  # [S, M] int32
+    key_offsets: Tensor  # [S] int32: the place of position 0 in the sequence's blocks
     slot_mapping: Tensor  # [T] int64: block * block_size + offset
     adapter_slots: Tensor  # [T] int32: -1 none
     logit_rows: Tensor  # [L] int64: indices into T
@@ -91,7 +95,8 @@ class StepBatch:
 
 
 _TENSORS = (
-    "token_ids", "positions", "slot_mapping", "logit_rows", "sequence", "block_tables", "adapter_slots", "logit_slots",
+    "token_ids", "positions", "slot_mapping", "logit_rows", "sequence", "block_tables", "key_offsets", "adapter_slots",
+    "logit_slots",
 )  # fmt: skip
 
 
@@ -121,7 +126,8 @@ def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool) -
         positions.extend(span)
         sequence.extend([place] * len(span))
         slots.extend([row.slot] * len(span))
-        slot_mapping.extend(row.block_ids[at // block_size] * block_size + at % block_size for at in span)
+        places = range(span.start + row.key_offset, span.stop + row.key_offset)
+        slot_mapping.extend(row.block_ids[at // block_size] * block_size + at % block_size for at in places)
         logits_of[index] = range(len(tokens) - row.num_logits, len(tokens))
     logit_rows = [at for positions_of_row in logits_of for at in positions_of_row]
     width = max(len(row.block_ids) for row in rows)
@@ -139,6 +145,7 @@ def build_batch(rows: SequenceOf[BatchRow], tables: AdapterTables, kv: KVPool) -
         positions=int64(positions),
         sequence=int32(sequence),
         block_tables=int32(block_tables),
+        key_offsets=int32([rows[index].key_offset for index in order]),
         slot_mapping=int64(slot_mapping),
         adapter_slots=int32(slots),
         logit_rows=int64(logit_rows),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polyhead_core.backbone import Backbone
 from polyhead_core.kernels import dispatch
 from polyhead_core.kernels.decoder import DecoderLayer, DecoderShape, DecoderStack
-from polyhead_core.kernels.tables import UNIT, AdapterTables
+from polyhead_core.kernels.tables import AdapterTables
 from polyhead_server.engine.attention import BATCH_ARGUMENT, AttentionFacts
 from polyhead_server.engine.batch import BatchRow, StepBatch, build_batch
 from polyhead_server.engine.common_layer import LINEARS, CommonLayer, side_by_side, take_apart
@@ -211,15 +211,8 @@ class _Fusion:
             next_block = blocks.stop
         if not rows:
             rows.append(BatchRow(token_ids=[0], start=0, block_ids=(0,), slot=-1))
-        num_sites, device = len(self._backbone.sites), self._backbone.device
-        none = AdapterTables(
-            arena=torch.zeros(UNIT, device=device),
-            num_pages=torch.zeros(1, num_sites, dtype=torch.int32, device=device),
-            pages=torch.zeros(1, num_sites, 1, 2, dtype=torch.int32, device=device),
-            bias=torch.full((1, num_sites), -1, dtype=torch.int32, device=device),
-            acts=torch.zeros(1, num_sites, dtype=torch.bool),
-        )
-        return build_batch(rows, none, self._kv).to(device)
+        none = AdapterTables.without_adapters(len(self._backbone.sites), self._backbone.device)
+        return build_batch(rows, none, self._kv).to(self._backbone.device)
 
     def _first_layer_input(self, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
         """The hidden states and keywords with which the model calls its first layer, in float32."""

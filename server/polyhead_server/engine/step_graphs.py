@@ -173,6 +173,7 @@ class StepGraphs:
             positions=batch.positions[source],
             sequence=rows.to(torch.int32),
             block_tables=tables,
+            key_offsets=batch.key_offsets[source],
             slot_mapping=batch.slot_mapping[source],
             adapter_slots=batch.adapter_slots[source],
             logit_rows=batch.logit_rows[source],

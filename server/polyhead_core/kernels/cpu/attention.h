@@ -47,12 +47,12 @@ class AttentionWorker {
 };
 
 // Takes items from `next` until none is left.
-inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stride, const int32_t* block_tables,
+inline void attend_tiles(const LayerPages& pages, const float* q, int64_t q_stride, const SequencePages& sequences,
                          const int64_t* positions, const std::vector<QueryTile>& tiles, const AttentionShape& s,
                          Counter& next, AttentionScratches& scratch, const Member& member, float* out) {
   const int64_t num_items = static_cast<int64_t>(tiles.size()) * s.kv_heads;
   const auto item_at = [&](int64_t index) {
-    return AttentionItem(s, q, q_stride, positions, block_tables, tiles[index / s.kv_heads], index % s.kv_heads);
+    return AttentionItem(s, q, q_stride, positions, sequences, tiles[index / s.kv_heads], index % s.kv_heads);
   };
   pages.with_data([&](const auto* keys, const auto* values) {
     // Where there are tiles enough for all, a thread takes all heads of one: they lie side by side in the pages.

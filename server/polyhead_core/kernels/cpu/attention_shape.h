@@ -62,6 +62,12 @@ inline bool keys_are_transposed(const at::Tensor& keys, const at::Tensor& values
   return false;
 }
 
+// Where the sequences of a step have their keys and values.
+struct SequencePages {
+  const int32_t* block_tables;  // [sequences, max blocks]
+  const int32_t* key_offsets;   // [sequences]: the place of position 0 in the first block; null: 0
+};
+
 // The queries of one tile's tokens whose heads share the key/value head g.
 struct AttentionItem {
   const AttentionShape& s;
@@ -69,21 +75,23 @@ struct AttentionItem {
   int64_t q_stride;
   const int64_t* positions;
   const int32_t* blocks;  // of the tile's sequence
+  int64_t key_offset;     // of the tile's sequence
   QueryTile tile;
   int64_t g;
-  int64_t first_key, end_key, first_block, num_blocks;  // what any of the tokens sees
+  int64_t first_key, end_key, first_block, num_blocks;  // what any of the tokens sees, by places in the blocks
 
   AttentionItem(const AttentionShape& shape, const float* q_, int64_t q_stride_, const int64_t* positions_,
-                const int32_t* block_tables, const QueryTile& tile_, int64_t g_)
-      : s(shape), q(q_), q_stride(q_stride_), positions(positions_), blocks(block_tables + tile_.sequence * shape.max_blocks),
-        tile(tile_), g(g_) {
+                const SequencePages& pages, const QueryTile& tile_, int64_t g_)
+      : s(shape), q(q_), q_stride(q_stride_), positions(positions_),
+        blocks(pages.block_tables + tile_.sequence * shape.max_blocks),
+        key_offset(pages.key_offsets ? pages.key_offsets[tile_.sequence] : 0), tile(tile_), g(g_) {
     first_key = begin(0), end_key = end(tile.count - 1);
     first_block = first_key / s.block, num_blocks = (end_key - 1) / s.block - first_block + 1;
   }
 
-  // The keys that a token sees.
-  int64_t end(int64_t token) const { return positions[tile.begin + token] + 1; }
-  int64_t begin(int64_t token) const { return s.window ? std::max<int64_t>(0, end(token) - s.window) : 0; }
+  // The keys that a token sees, by their places.
+  int64_t end(int64_t token) const { return key_offset + positions[tile.begin + token] + 1; }
+  int64_t begin(int64_t token) const { return s.window ? std::max(key_offset, end(token) - s.window) : key_offset; }
 
   int64_t num_queries() const { return tile.count * s.group(); }
   const float* query(int64_t i) const {

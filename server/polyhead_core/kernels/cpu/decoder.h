@@ -37,7 +37,7 @@ struct Rows {
   const float *cos, *sin;  // [rows, rotary_width]
   int64_t rotary_width;
   const int64_t *positions, *slot_mapping;
-  const int32_t* block_tables;
+  SequencePages sequences;
   int64_t max_blocks;
   std::vector<QueryTile> tiles;
   SlotGroups groups;
@@ -128,8 +128,8 @@ struct DecoderStack : torch::CustomClassHolder {
 
   // x [T, hidden] float32 -> the output of the layers [first, last), in place.
   void forward(int64_t first, int64_t last, at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& positions,
-               const at::Tensor& sequence, const at::Tensor& block_tables, const at::Tensor& slot_mapping,
-               const at::Tensor& slots, const at::Tensor& arena, const at::Tensor& num_pages, const at::Tensor& pages,
+               const at::Tensor& sequence, const at::Tensor& block_tables, const at::Tensor& key_offsets,
+               const at::Tensor& slot_mapping, const at::Tensor& slots, const at::Tensor& arena, const at::Tensor& num_pages, const at::Tensor& pages,
                const at::Tensor& bias) {
     RECORD_FUNCTION("polyhead_cpu::decoder_layers", std::vector<c10::IValue>());
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2 && x.size(1) == hidden,
@@ -141,6 +141,7 @@ struct DecoderStack : torch::CustomClassHolder {
                   table.size(1) % 2 == 0 && table.size(1) <= width, "rotary tables");
     TORCH_CHECK(positions.numel() == rows && sequence.numel() == rows && slot_mapping.numel() == rows &&
                 slots.numel() == rows, "one position, sequence, KV slot and adapter slot for each token");
+    TORCH_CHECK(key_offsets.numel() == block_tables.size(0), "one key offset for each sequence");
     const AdapterTables tables(arena, num_pages, pages, bias);
     const int64_t* position = positions.const_data_ptr<int64_t>();
     // A layer runs over some rows after the other, so that what passes from one phase to the next stays in the caches. Keys
@@ -151,8 +152,8 @@ struct DecoderStack : torch::CustomClassHolder {
       const int64_t count = std::min(BLOCK_ROWS, rows - begin);
       blocks.push_back({x.data_ptr<float>() + begin * hidden, count, cos.const_data_ptr<float>() + begin * cos.size(1),
                         sin.const_data_ptr<float>() + begin * cos.size(1), cos.size(1), position + begin,
-                        slot_mapping.const_data_ptr<int64_t>() + begin, block_tables.const_data_ptr<int32_t>(),
-                        block_tables.size(1),
+                        slot_mapping.const_data_ptr<int64_t>() + begin,
+                        {block_tables.const_data_ptr<int32_t>(), key_offsets.const_data_ptr<int32_t>()}, block_tables.size(1),
                         query_tiles(sequence.const_data_ptr<int32_t>() + begin, position + begin, count),
                         SlotGroups(tables, 0, tables.num_sites(), slots.const_data_ptr<int32_t>() + begin, count)});
       has_adapters |= blocks.back().groups.size() > 0;
@@ -273,7 +274,7 @@ struct DecoderStack : torch::CustomClassHolder {
     clock.lap(2);
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
-    attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.block_tables, rows.positions, rows.tiles, shape,
+    attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.sequences, rows.positions, rows.tiles, shape,
                  counters.attention(), attention, member, attended.data());
     member.wait();
     clock.lap(3);

@@ -26,8 +26,8 @@ class CpuDecoderStack:
     def forward(self, first: int, last: int, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor, step: DecoderStep) -> None:
         tables = step.tables
         self._stack.forward(
-            first, last, x_TH, cos_TR, sin_TR, step.positions, step.sequence, step.block_tables, step.slot_mapping,
-            step.adapter_slots, tables.arena, tables.num_pages, tables.pages, tables.bias,
+            first, last, x_TH, cos_TR, sin_TR, step.positions, step.sequence, step.block_tables, step.key_offsets,
+            step.slot_mapping, step.adapter_slots, tables.arena, tables.num_pages, tables.pages, tables.bias,
         )  # fmt: skip
 
     def take_phase_seconds(self) -> dict[str, float]:

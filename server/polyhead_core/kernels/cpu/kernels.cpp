@@ -81,9 +81,13 @@ void embedding_add(at::Tensor& y, const at::Tensor& ids, const at::Tensor& arena
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
                            const at::Tensor& block_tables, const at::Tensor& sequences, const at::Tensor& positions,
-                           double scale, int64_t window, double softcap) {
+                           double scale, int64_t window, double softcap, const std::optional<at::Tensor>& key_offsets) {
   TORCH_CHECK(q.scalar_type() == at::kFloat && q.is_contiguous(), "paged_attention reads contiguous float32 queries");
   TORCH_CHECK(block_tables.scalar_type() == at::kInt && sequences.scalar_type() == at::kInt, "tables must be int32");
+  TORCH_CHECK(!key_offsets || (key_offsets->scalar_type() == at::kInt && key_offsets->numel() == block_tables.size(0)),
+              "key offsets must be int32, one for each sequence");
+  const SequencePages pages_of{block_tables.const_data_ptr<int32_t>(),
+                               key_offsets ? key_offsets->const_data_ptr<int32_t>() : nullptr};
   const bool transposed = keys_are_transposed(k_pages, v_pages);
   const AttentionShape shape{q.size(1), k_pages.size(1), q.size(2), k_pages.size(2), block_tables.size(1), window,
                              static_cast<float>(scale), static_cast<float>(softcap), transposed};
@@ -93,8 +97,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   Counter next;
   with_team(q.size(0) == 1, [&](const Member& member) {
     AttentionScratches scratch;
-    attend_tiles({k_pages, v_pages}, q.const_data_ptr<float>(), q.size(1) * q.size(2),
-                 block_tables.const_data_ptr<int32_t>(), position, tiles, shape, next, scratch, member, out.data_ptr<float>());
+    attend_tiles({k_pages, v_pages}, q.const_data_ptr<float>(), q.size(1) * q.size(2), pages_of, position, tiles, shape,
+                 next, scratch, member, out.data_ptr<float>());
   });
   return out;
 }
@@ -153,7 +157,7 @@ TORCH_LIBRARY(polyhead_cpu, library) {
   library.def("greedy(Tensor logits) -> Tensor", &greedy);
   library.def("draw(Tensor[] rows, Tensor draws) -> Tensor", &draw);
   library.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor sequences, "
-              "Tensor positions, float scale, int window, float softcap) -> Tensor", &paged_attention);
+              "Tensor positions, float scale, int window, float softcap, Tensor? key_offsets) -> Tensor", &paged_attention);
 }
 
 TORCH_LIBRARY_IMPL(polyhead_cpu, CPU, library) { library.impl("int8_linear_backward", &polyhead::int8_linear_backward); }

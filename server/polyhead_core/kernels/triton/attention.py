@@ -34,12 +34,15 @@ def _merge(largest, total, values, largest_2, total_2, values_2):
 
 @triton.jit
 def _segment_softmax(
-    q, k_ptr, v_ptr, table_ptr, kv_head, positions, mine,
+    q, k_ptr, v_ptr, table_ptr, kv_head, places, offset, mine,
     begin, end, block_stride, head_stride, scale, window, softcap,
     head_width, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Largest score, sum of exponentials and weighted values of the tile's rows over the keys begin <= n < end."""
+    """Largest score, sum of exponentials and weighted values of the tile's rows over the keys begin <= n < end.
+
+    n and `places` count from the beginning of the sequence's blocks, whose first key is at `offset`.
+    """
     d = tl.arange(0, BLOCK_D)
     has_width = d < head_width
     largest = tl.full((BLOCK_M,), _LOWEST, dtype=tl.float32)
@@ -47,16 +50,17 @@ def _segment_softmax(
     values = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        block = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+        exists = (n >= offset) & (n < end)
+        block = tl.load(table_ptr + n // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
         at = block * block_stride + kv_head * head_stride + (n % BLOCK_SIZE) * head_width
-        there = (n < end)[:, None] & has_width[None, :]
+        there = exists[:, None] & has_width[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k).to(PRODUCT), input_precision="ieee") * scale
         if SOFTCAP:
             scores = softcap * (tl.div_rn(2.0, 1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
-        seen = mine[:, None] & (n[None, :] <= positions[:, None]) & (n < end)[None, :]
+        seen = mine[:, None] & (n[None, :] <= places[:, None]) & exists[None, :]
         if WINDOW:
-            seen = seen & (n[None, :] > positions[:, None] - window)
+            seen = seen & (n[None, :] > places[:, None] - window)
         scores = tl.where(seen, scores, _LOWEST)
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.where(seen, tl.exp(scores - larger[:, None]), 0.0)
@@ -70,13 +74,13 @@ def _segment_softmax(
 
 @triton.jit(do_not_specialize=["num_tokens", "window", "table_width", "num_segments"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, sequence_ptr, positions_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, sequence_ptr, positions_ptr, offsets_ptr,
     out_ptr, largest_ptr, total_ptr, values_ptr,
     num_tokens, num_heads, group, head_width, table_width, block_stride,
     head_stride, q_token_stride, q_head_stride, scale, window, softcap, num_segments,
     STEP: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, PRODUCT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, PRODUCT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: this program has one segment and leaves its part to _merge_kernel; else it has all and writes out."""
     first = tl.program_id(0) * STEP
@@ -99,11 +103,15 @@ def _attention_kernel(
         while tl.load(sequence_ptr + run_end, mask=run_end < limit, other=-1) == sequence:
             run_end += 1
         mine = is_pair & (tokens >= first) & (tokens < run_end)
-        last_key = tl.max(tl.where(mine, positions, -1), axis=0)
-        first_key = 0
-        if WINDOW:  # the block of keys that holds the first one seen: those before it would change nothing
-            first_seen = tl.min(tl.where(mine, positions, 2147483647), axis=0) - window + 1
-            first_key = tl.maximum(first_seen, 0) // BLOCK_N * BLOCK_N
+        offset = 0
+        if OFFSETS:
+            offset = tl.load(offsets_ptr + sequence)
+        places = positions + offset
+        last_key = tl.max(tl.where(mine, places, -1), axis=0)
+        first_seen = offset
+        if WINDOW:
+            first_seen = tl.maximum(tl.min(tl.where(mine, places, 2147483647), axis=0) - window + 1, offset)
+        first_key = first_seen // BLOCK_N * BLOCK_N  # the block of it: those before would change nothing
         table_ptr = tables_ptr + sequence.to(tl.int64) * table_width
         largest = tl.full((BLOCK_M,), _LOWEST, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -115,7 +123,7 @@ def _attention_kernel(
             last_segment = tl.minimum(last_segment, tl.program_id(2))
         while segment <= last_segment:
             part_largest, part_total, part_values = _segment_softmax(
-                q, k_ptr, v_ptr, table_ptr, kv_head, positions, mine,
+                q, k_ptr, v_ptr, table_ptr, kv_head, places, offset, mine,
                 tl.maximum(segment * SEGMENT, first_key), tl.minimum((segment + 1) * SEGMENT, last_key + 1),
                 block_stride, head_stride,
                 scale, window, softcap, head_width, BLOCK_SIZE, SOFTCAP, WINDOW, PRODUCT, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -173,6 +181,7 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    key_offsets_S: Tensor | None = None,
     split: bool | None = None,
     step: int | None = None,
     out_dtype: torch.dtype | None = None,
@@ -205,12 +214,12 @@ def paged_attention(
         parts = [torch.empty(size, device=q_THD.device) for size in sizes]  # type: ignore[misc]
     block_d = tile_width(head_width)
     _attention_kernel[(triton.cdiv(num_tokens, step), kv_heads, num_segments if split else 1)](
-        q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM.contiguous(), sequence_T, positions_T, out_THD, *parts,
-        num_tokens, num_heads, group, head_width, block_tables_SM.shape[1], k_pages_NGBD.stride(0),
+        q_THD, k_pages_NGBD, v_pages_NGBD, block_tables_SM.contiguous(), sequence_T, positions_T, key_offsets_S,
+        out_THD, *parts, num_tokens, num_heads, group, head_width, block_tables_SM.shape[1], k_pages_NGBD.stride(0),
         k_pages_NGBD.stride(1), q_THD.stride(0), q_THD.stride(1), scale, sliding_window, softcap, num_segments,
         STEP=step, SPLIT=split, SEGMENT=_SEGMENT, BLOCK_SIZE=block_size, SOFTCAP=softcap != 0,
-        WINDOW=sliding_window != 0, PRODUCT=product_dtype(q_THD, k_pages_NGBD), GROUP=padded_group, BLOCK_M=block_m,
-        BLOCK_N=_BLOCK_N, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
+        WINDOW=sliding_window != 0, OFFSETS=key_offsets_S is not None, PRODUCT=product_dtype(q_THD, k_pages_NGBD),
+        GROUP=padded_group, BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
         _merge_kernel[(num_tokens * num_heads,)](

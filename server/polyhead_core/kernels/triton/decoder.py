@@ -117,7 +117,7 @@ class TritonDecoderStack:
         )  # fmt: skip
         attended_THD = paged_attention(
             q_THD, parts.key_pages_NGBD, parts.value_pages_NGBD, step.block_tables, step.sequence, step.positions,
-            parts.scale, parts.sliding_window, parts.softcap, out_dtype=torch.float32,
+            parts.scale, parts.sliding_window, parts.softcap, step.key_offsets, out_dtype=torch.float32,
         )  # fmt: skip
         attended_TI = attended_THD.flatten(1)
         layer.output(quantize_rows(attended_TI, *layer.output.quantisation), attended_TI, step, x_TH)
