@@ -12,7 +12,7 @@ from typing import Protocol
 from polyhead_server.engine.stop_strings import StopMatcher
 
 REPLACEMENT = "\ufffd"
-_SHORTEN_AT = 16
+_SHORTEN_AT = 8
 """Window length in tokens from which it is shortened to its last characters."""
 _FORCE_AT = 64
 """Window length at whose multiples text that never becomes whole is cut, so that the time stays linear."""

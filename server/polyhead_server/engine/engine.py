@@ -94,7 +94,8 @@ class Engine:
             max_adapter_wait_s=config.max_adapter_wait_s,
         )
         self._scheduler = Scheduler(limits, self._blocks, store)
-        self._num_preemptions_told = 0
+        self._state_told = (-1, -1, -1, 0)
+        """Requests waiting and running, KV blocks used and preemptions, as the metrics have them."""
         self._live: dict[str, LiveRequest] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -253,21 +254,26 @@ class Engine:
         watch.lap("prepare")
         logits_LV = self._runner.forward(batch)
         watch.lap("forward")
-        pieces = logits_LV.split([one.batch_row.num_logits for one in work])
-        sampling = [(one, piece) for one, piece in zip(work, pieces, strict=True) if one.row.samples]
-        if sampling:
-            rows = [one.live.sequences[one.row.sequence.index].sampler_row for one, _ in sampling]
-            same = len(sampling) == len(logits_LV)
-            results = sample(logits_LV if same else torch.cat([piece for _, piece in sampling]), rows)
-            for (one, _), result in zip(sampling, results, strict=True):
-                if isinstance(result, EngineFailure):
-                    one.failure = _named(result, one)
-                else:
-                    one.sampled = result
-        for one, piece in zip(work, pieces, strict=True):
-            if one.targets:
-                self._score(one, piece[: len(one.targets)])
+        sampling = [one for one in work if one.row.samples]
+        if len(sampling) == len(logits_LV):  # nothing but the next token of each row is wanted
+            self._sample(sampling, logits_LV)
+        else:
+            pieces = logits_LV.split([one.batch_row.num_logits for one in work])
+            if sampling:
+                wanted = [piece for one, piece in zip(work, pieces, strict=True) if one.row.samples]
+                self._sample(sampling, torch.cat(wanted))
+            for one, piece in zip(work, pieces, strict=True):
+                if one.targets:
+                    self._score(one, piece[: len(one.targets)])
         watch.lap("sample")
+
+    def _sample(self, work: Sequence[_Work], logits_LV: torch.Tensor) -> None:
+        rows = [one.live.sequences[one.row.sequence.index].sampler_row for one in work]
+        for one, result in zip(work, sample(logits_LV, rows), strict=True):
+            if isinstance(result, EngineFailure):
+                one.failure = _named(result, one)
+            else:
+                one.sampled = result
 
     def _score(self, one: _Work, logits_LV: torch.Tensor) -> None:
         try:
@@ -315,10 +321,13 @@ class Engine:
     # --- what it looks like from outside ---
 
     def _observe_queue(self, step: Step) -> None:
-        self._metrics.queue(self._scheduler.num_waiting, self._scheduler.num_running)
-        self._metrics.kv_blocks(self._blocks.num_used, self._blocks.num_blocks)
-        self._metrics.preempted(self._scheduler.num_preemptions - self._num_preemptions_told)
-        self._num_preemptions_told = self._scheduler.num_preemptions
+        scheduler, blocks = self._scheduler, self._blocks
+        state = (scheduler.num_waiting, scheduler.num_running, blocks.num_used, scheduler.num_preemptions)
+        if state != self._state_told:
+            self._metrics.queue(state[0], state[1])
+            self._metrics.kv_blocks(blocks.num_used, blocks.num_blocks)
+            self._metrics.preempted(scheduler.num_preemptions - self._state_told[3])
+            self._state_told = state
         for row in step.rows:
             sequence = row.sequence
             is_first = row.start == sequence.num_cached_tokens and sequence.num_output_tokens == 0

@@ -39,11 +39,16 @@ class SamplerRow:
     eos_token_ids: Iterable[int]
     end_token_ids: frozenset[int] = field(init=False)
     """Tokens that end the sequence: the stop tokens and, unless ignore_eos, the model's end tokens."""
+    _penalizes: bool = field(init=False)
+    _always_takes_argmax: bool = field(init=False)
     _generator: torch.Generator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         eos = () if self.params.ignore_eos else self.eos_token_ids
         self.end_token_ids = frozenset(eos) | frozenset(self.params.stop_token_ids)
+        penalties = (self.params.repetition_penalty, self.params.presence_penalty, self.params.frequency_penalty)
+        self._penalizes = penalties != (1.0, 0.0, 0.0)
+        self._always_takes_argmax = self.params.is_greedy and not self._penalizes and self.params.min_tokens == 0
 
     @property
     def output_token_ids(self) -> Sequence[int]:
@@ -55,9 +60,12 @@ class SamplerRow:
 
     @property
     def adjusts_logits(self) -> bool:
-        params = self.params
-        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or self.bans_end
+        return self._penalizes or self.bans_end
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Of the logits as they are."""
+        return self._always_takes_argmax or (self.params.is_greedy and not self.adjusts_logits)
 
     def next_draw(self) -> Draw:
         if self._generator is None:
@@ -79,16 +87,16 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled | Engi
     assert len(logits_LV) == len(rows), "one row of logits for each sequence"
     if not rows:
         return []
-    likeliest = dispatch.greedy(logits_LV).tolist()
-    tokens = {index: token_id for index, token_id in enumerate(likeliest) if token_id >= 0}
-    special = [index for index in tokens if rows[index].adjusts_logits or not rows[index].params.is_greedy]
-    tokens |= _special_tokens(logits_LV, rows, special)
-    logprobs = _logprobs(logits_LV, rows, tokens)
+    tokens: list[int] = dispatch.greedy(logits_LV).tolist()  # -1: not finite
+    special = [index for index, row in enumerate(rows) if not row.takes_argmax and tokens[index] >= 0]
+    if special:
+        for index, token_id in _special_tokens(logits_LV, rows, special).items():
+            tokens[index] = token_id
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None and tokens[index] >= 0]
+    logprobs = _logprobs(logits_LV, rows, tokens, asked) if asked else {}
     return [
-        Sampled(tokens[index], logprobs.get(index))
-        if index in tokens
-        else EngineFailure("the model's logits are not finite")
-        for index in range(len(rows))
+        Sampled(token_id, logprobs.get(index)) if token_id >= 0 else EngineFailure("the model's logits are not finite")
+        for index, token_id in enumerate(tokens)
     ]
 
 
@@ -139,13 +147,12 @@ def adjusted(logits_V: Floats, row: SamplerRow) -> Floats:
     return logits_V
 
 
-def _logprobs(logits_LV: Tensor, rows: Sequence[SamplerRow], tokens: dict[int, int]) -> dict[int, TokenLogprob]:
-    wanted = {index: row.params.logprobs for index, row in enumerate(rows) if index in tokens}
-    num_top = {index: count for index, count in wanted.items() if count is not None}
-    if not num_top:
-        return {}
-    indices = sorted(num_top)
-    found = token_logprobs(logits_LV[indices], [tokens[index] for index in indices], max(num_top.values()))
+def _logprobs(
+    logits_LV: Tensor, rows: Sequence[SamplerRow], tokens: Sequence[int], indices: Sequence[int]
+) -> dict[int, TokenLogprob]:
+    """Of the rows `indices`, which ask for them."""
+    num_top = {index: rows[index].params.logprobs or 0 for index in indices}
+    found = token_logprobs(logits_LV[list(indices)], [tokens[index] for index in indices], max(num_top.values()))
     return {
         index: TokenLogprob(token_id=one.token_id, logprob=one.logprob, top=one.top[: num_top[index]])
         for index, one in zip(indices, found, strict=True)

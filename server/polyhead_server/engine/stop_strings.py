@@ -22,6 +22,8 @@ class StopMatcher:
         self.met: str | None = None
 
     def feed(self, text: str) -> str:
+        if not self._stop:
+            return text
         if self.met is not None:
             return ""
         num_seen = len(self._held)
