@@ -14,6 +14,7 @@ import torch
 from local_engine import LocalEngine, local_engine
 from polyhead_core.errors import Draining, EngineFailure, PromptTooLong, QueueFull, RequestCancelled
 from polyhead_core.errors import RequestDeadlineExceeded as DeadlinePassed
+from polyhead_server.engine.runner import Runner
 from polyhead_server.request import FailedEvent, FinishReason
 from tiny import save_adapter, save_backbone
 
@@ -28,8 +29,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"source": backbone, "cache": root / "cache", "adapters": root / "adapters"}
 
 
-@pytest.fixture
-def engine(folders: dict[str, Path]) -> Iterator[LocalEngine]:
+@pytest.fixture(params=[False, True], ids=["", "returns early"])
+def engine(
+    folders: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LocalEngine]:
+    """Once as on a device whose steps go on while the engine hands out the last one's tokens."""
+    monkeypatch.setattr(Runner, "returns_early", request.param)
     with local_engine(**folders, max_model_len=256, max_queued_requests=4) as local:
         yield local
 
@@ -135,6 +140,46 @@ def test_ends_by_length_stop_token_and_stop_string(engine: LocalEngine) -> None:
     assert cut.finished.choices[0].stop == part
     held = engine.submit(PROMPT, None, max_tokens=12, min_tokens=12, stop_token_ids=(tokens[at],), ignore_eos=True)
     assert tokens[at] not in held.tokens()[:11]
+
+
+def test_tokens_that_are_handed_out_late_are_the_same(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events of requests that end in every way, one of them while it is the only one left; none is lost or changed."""
+    streams = []
+    for early in (False, True):
+        monkeypatch.setattr(Runner, "returns_early", early)
+        with local_engine(**folders, max_batch_rows=4) as engine:
+            free = engine.submit(PROMPT, "a", max_tokens=12, ignore_eos=True).text()
+            answers = [
+                engine.submit(PROMPT, "a", max_tokens=12, ignore_eos=True, stop=(free[4:6],)),
+                engine.submit(PROMPT, None, max_tokens=9, n=3, temperature=1.0, seed=4, logprobs=2),
+                engine.submit(PROMPT[:20], "a", score_prompt=True),
+                engine.submit(PROMPT[3:], None, max_tokens=1),
+                engine.submit(PROMPT[5:], "a", max_tokens=30, temperature=2.0, seed=1),
+                engine.submit(PROMPT[7:], None, max_tokens=40, ignore_eos=True),
+            ]
+            assert all(answer.finished for answer in answers)
+            streams.append([answer.events for answer in answers])
+            tokens = engine.metrics.registry.get_sample_value("polyhead_completion_tokens_total")
+            assert tokens == 12 + sum(answer.finished.usage.completion_tokens for answer in answers)
+    assert streams[0] == streams[1]
+
+
+def test_what_is_booked_is_handed_out_before_the_engine_stops(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "returns_early", True)
+    with local_engine(**folders) as engine:
+        settle = engine.engine._settle
+
+        def last(*arguments: Any) -> Any:
+            engine.engine._stopping = True
+            return settle(*arguments)
+
+        monkeypatch.setattr(engine.engine, "_settle", last)
+        answer = engine.submit(PROMPT, "a", max_tokens=1)
+        assert len(answer.tokens()) == 1
 
 
 def test_the_context_bounds_prompt_and_output(engine: LocalEngine) -> None:

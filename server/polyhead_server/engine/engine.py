@@ -23,9 +23,10 @@ from polyhead_server.engine.logprobs import token_logprobs
 from polyhead_server.engine.runner import Runner
 from polyhead_server.engine.sampler import Sampled, sample
 from polyhead_server.engine.stopwatch import Stopwatch
+from polyhead_server.engine.work import Work, named_failure
 from polyhead_server.kvcache.block_manager import BlockManager
 from polyhead_server.metrics import Metrics
-from polyhead_server.request import EventSink, Request, TokenLogprob
+from polyhead_server.request import EventSink, Request
 from polyhead_server.scheduler.scheduler import Scheduler, SchedulerConfig
 from polyhead_server.scheduler.step import ScheduledRow, Step
 from polyhead_server.store.store import AdapterStore
@@ -45,20 +46,6 @@ class EngineStatus:
     kv_blocks_total: int
     draining: bool
     healthy: bool
-
-
-@dataclass(kw_only=True, slots=True)
-class _Work:
-    """One row of a step with copies of what its computation needs, and then with what came of it."""
-
-    row: ScheduledRow
-    batch_row: BatchRow
-    live: LiveRequest
-    targets: Sequence[int]
-    sampled: Sampled | None = None
-    scores: Sequence[TokenLogprob] = ()
-    failure: EngineFailure | None = None
-    """The row's own: its request ends, the others of the step go on."""
 
 
 class Engine:
@@ -97,6 +84,8 @@ class Engine:
         self._state_told = (-1, -1, -1, 0)
         """Requests waiting and running, KV blocks used and preemptions, as the metrics have them."""
         self._live: dict[str, LiveRequest] = {}
+        self._undelivered: list[Work] = []
+        """Rows of the last step that have a token which is booked and not handed out yet."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="polyhead-engine", daemon=True)
@@ -190,6 +179,8 @@ class Engine:
         try:
             while not self._stopping:
                 self._turn()
+            with self._lock:
+                self._hand_out()
         except Exception as error:  # the thread's edge: whatever it is, every request still gets its answer
             logger.exception("the engine's thread died")
             with self._lock:
@@ -206,6 +197,8 @@ class Engine:
         with self._lock:
             self._store.publish()
             step = self._scheduler.schedule(time.monotonic())
+            if step.failed or not step.rows:
+                self._hand_out()
             for request, error in step.failed:
                 self._live.pop(request.request_id).fail(error, self._metrics)
             self._observe_queue(step)
@@ -218,22 +211,30 @@ class Engine:
             return
         watch.lap("schedule")
         try:
-            self._compute(work, watch)
+            logits_LV = self._forward(work, watch)
         except Exception as error:  # one step's edge: its requests fail, all others go on
-            logger.exception("a step failed")
-            failure = EngineFailure(f"the step failed with an internal error ({type(error).__name__})")
-            with self._lock:
-                self._abort({one.live.request.request_id for one in work}, failure)
-            self._runner.check_device()
+            self._fail_step(work, error)
             return
+        if self._undelivered:  # while the device computes
+            with self._lock:
+                self._hand_out()
+            watch.lap("deliver")
+        try:
+            self._sample_or_score(work, logits_LV)
+        except Exception as error:  # as above
+            self._fail_step(work, error)
+            return
+        watch.lap("sample")
         with self._lock:
-            self._deliver(step, work)
+            self._undelivered = self._settle(step, work)
+            if not self._runner.returns_early:
+                self._hand_out()
             if self._config.check_integrity:
                 self._check_integrity()
         watch.lap("deliver")
         self._observe_step(step, watch)
 
-    def _plan(self, row: ScheduledRow) -> _Work:
+    def _plan(self, row: ScheduledRow) -> Work:
         """Copies what the computation needs: an abort may take the sequence's blocks away while it runs."""
         sequence = row.sequence
         scores = sequence.request.score_prompt
@@ -246,14 +247,26 @@ class Engine:
         )
         # A score's targets are the tokens after each of the row's; the prompt's last token has none after it.
         targets = sequence.token_ids[row.start + 1 : row.start + row.num_tokens + 1] if scores else []
-        return _Work(row=row, batch_row=batch_row, live=self._live[sequence.request.request_id], targets=targets)
+        return Work(row=row, batch_row=batch_row, live=self._live[sequence.request.request_id], targets=targets)
 
-    def _compute(self, work: Sequence[_Work], watch: Stopwatch) -> None:
-        """Runs the backbone and fills in each row's token or scores. Works on copies: the lock is not held."""
+    def _fail_step(self, work: Sequence[Work], error: Exception) -> None:
+        logger.error("a step failed", exc_info=error)
+        failure = EngineFailure(f"the step failed with an internal error ({type(error).__name__})")
+        with self._lock:
+            self._hand_out()
+            self._abort({one.live.request.request_id for one in work}, failure)
+        self._runner.check_device()
+
+    def _forward(self, work: Sequence[Work], watch: Stopwatch) -> torch.Tensor:
+        """The logits that the rows want. Works on copies: the lock is not held."""
         batch = self._runner.prepare([one.batch_row for one in work], self._store.tables)
         watch.lap("prepare")
         logits_LV = self._runner.forward(batch)
         watch.lap("forward")
+        return logits_LV
+
+    def _sample_or_score(self, work: Sequence[Work], logits_LV: torch.Tensor) -> None:
+        """Fills in each row's token or scores."""
         sampling = [one for one in work if one.row.samples]
         if len(sampling) == len(logits_LV):  # nothing but the next token of each row is wanted
             self._sample(sampling, logits_LV)
@@ -265,25 +278,26 @@ class Engine:
             for one, piece in zip(work, pieces, strict=True):
                 if one.targets:
                     self._score(one, piece[: len(one.targets)])
-        watch.lap("sample")
 
-    def _sample(self, work: Sequence[_Work], logits_LV: torch.Tensor) -> None:
+    def _sample(self, work: Sequence[Work], logits_LV: torch.Tensor) -> None:
         rows = [one.live.sequences[one.row.sequence.index].sampler_row for one in work]
         for one, result in zip(work, sample(logits_LV, rows), strict=True):
             if isinstance(result, EngineFailure):
-                one.failure = _named(result, one)
+                one.failure = named_failure(result, one)
             else:
                 one.sampled = result
 
-    def _score(self, one: _Work, logits_LV: torch.Tensor) -> None:
+    def _score(self, one: Work, logits_LV: torch.Tensor) -> None:
         try:
             one.scores = token_logprobs(logits_LV, one.targets, one.live.request.score_top)
         except EngineFailure as error:
-            one.failure = _named(error, one)
+            one.failure = named_failure(error, one)
 
-    def _deliver(self, step: Step, work: Sequence[_Work]) -> None:
+    def _settle(self, step: Step, work: Sequence[Work]) -> list[Work]:
+        """Books what was computed; the rows whose tokens are to be handed out. Afterwards the next step can begin."""
         now_s = time.monotonic()
         at_end = {id(row) for row in self._scheduler.advance(step)}
+        undelivered = []
         for one in work:
             request_id = one.live.request.request_id
             if self._live.get(request_id) is not one.live:  # it ended while it was computed
@@ -294,24 +308,42 @@ class Engine:
             one.live.add_prompt_logprobs(one.row.start, one.scores)
             if id(one.row) not in at_end:
                 continue
-            if one.sampled is None:
-                self._end_sequence(one)
-            else:
-                self._deliver_token(one, one.sampled, now_s)
+            if one.sampled is None:  # a score
+                if self._scheduler.finish(one.row.sequence):
+                    self._end(one.live)
+                continue
+            one.sampled_s = now_s
+            self._append_token(one, one.sampled)
+            undelivered.append(one)
+        return undelivered
 
-    def _deliver_token(self, one: _Work, sampled: Sampled, now_s: float) -> None:
+    def _append_token(self, one: Work, sampled: Sampled) -> None:
         sequence = one.row.sequence
+        live = one.live.sequences[sequence.index]
         self._scheduler.append_token(sequence, sampled.token_id)
-        event, finish = one.live.sequences[sequence.index].accept(sampled)
-        one.live.tokens(event, now_s, self._metrics)
-        if finish is not None:
-            one.live.choice_finished(finish)
-            self._end_sequence(one)
+        if live.may_end_by_text:
+            one.accepted = live.accept(sampled)
+            ends = one.accepted[1] is not None
+        else:
+            ends = live.ends_with(sampled.token_id)
+        one.ends_request = ends and self._scheduler.finish(sequence)
 
-    def _end_sequence(self, one: _Work) -> None:
-        if self._scheduler.finish(one.row.sequence):
-            del self._live[one.live.request.request_id]
-            one.live.finish(self._metrics)
+    def _hand_out(self) -> None:
+        undelivered, self._undelivered = self._undelivered, []
+        for one in undelivered:
+            if self._live.get(one.live.request.request_id) is not one.live:  # it ended meanwhile
+                continue
+            assert one.sampled is not None
+            event, finish = one.accepted or one.live.sequences[one.row.sequence.index].accept(one.sampled)
+            one.live.tokens(event, one.sampled_s, self._metrics)
+            if finish is not None:
+                one.live.choice_finished(finish)
+            if one.ends_request:
+                self._end(one.live)
+
+    def _end(self, live: LiveRequest) -> None:
+        del self._live[live.request.request_id]
+        live.finish(self._metrics)
 
     def _abort(self, request_ids: Iterable[str], error: PolyheadError) -> None:
         for request_id in request_ids:
@@ -349,10 +381,3 @@ class Engine:
         self._store.check_integrity()
         pins = sum(self._scheduler.pins().values())
         assert pins == self._store.num_pins, f"the scheduler holds {pins} pins, the store counts {self._store.num_pins}"
-
-
-def _named(failure: EngineFailure, one: _Work) -> EngineFailure:
-    """The row's failure in words for its caller: whose weights yield what is not finite."""
-    name = one.live.adapter_name
-    owner = f"adapter {name!r}" if name else "the backbone"
-    return EngineFailure(f"{owner} yields non-finite numbers here: {failure.message}", details={"adapter": name})

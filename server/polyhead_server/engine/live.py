@@ -42,8 +42,17 @@ class LiveSequence:
         self._detokenizer = IncrementalDetokenizer(decoder, params.stop, sequence.request.prompt_token_ids)
         self.last_token_s: float | None = None
 
+    @property
+    def may_end_by_text(self) -> bool:
+        """Only its text says whether it goes on; of others `ends_with` knows."""
+        return bool(self.sequence.request.params.stop)
+
+    def ends_with(self, token_id: int) -> bool:
+        """Whether a token that was just appended is the last one, whatever the text."""
+        return token_id in self.sampler_row.end_token_ids or self.sequence.is_at_limit
+
     def accept(self, sampled: Sampled) -> tuple[TokensEvent, ChoiceFinish | None]:
-        """The event of a token that was just appended, and how the continuation ends if it does. An end token has no
+        """The event of the token that was appended last, and how the continuation ends if it does. An end token has no
         text; it counts as a token of the completion."""
         is_end = sampled.token_id in self.sampler_row.end_token_ids
         text = "" if is_end else self._detokenizer.feed([sampled.token_id])

@@ -69,6 +69,11 @@ class Runner:
             self.graphs = StepGraphs(self._logits, CudaRecorder(backbone.device), backbone.device)
 
     @property
+    def returns_early(self) -> bool:
+        """Whether `forward` comes back before its logits are there, so that the caller can do something else."""
+        return self.backbone.device.type == "cuda"
+
+    @property
     def num_fused_layers(self) -> int:
         return 0 if self.fused is None else self.fused.num_layers
 
