@@ -16,7 +16,7 @@ from triton.runtime import driver, jit
 import kernel_cases
 from decoder_cases import decoder_case
 from polyhead_core.kernels.decoder import Activation
-from polyhead_core.kernels.triton import attention, int8_linear, low_rank, quantize, rotary, tuning
+from polyhead_core.kernels.triton import attention, int8_linear, logits, low_rank, quantize, rotary, tuning
 from polyhead_core.kernels.triton.decoder import TritonDecoderStack
 
 
@@ -81,6 +81,7 @@ def compile_for(dtype: torch.dtype, layer: Any) -> None:
     k, angle = pages[:64, :, 0], torch.zeros(64, 128)
     rotary.rotary_write_kv(q, k, k, angle, angle, pages, pages, positions)
     rotary.write_kv(k, k, pages, pages, positions)
+    logits.greedy(torch.zeros(8, 32000))
 
 
 def compile_layers() -> None:

@@ -96,4 +96,5 @@ def test_every_function_of_dispatch_reaches_its_kernel(monkeypatch: pytest.Monke
     reference.write_kv(k, k + 1, pages[2], pages[3], targets)
     assert torch.equal(pages[0], pages[2])
     assert torch.equal(pages[1], pages[3])
-    assert kernels.used == {"int8_linear", "low_rank_add", "embedding_add", "paged_attention", "write_kv"}
+    assert torch.equal(dispatch.greedy(y), reference.greedy(y))
+    assert kernels.used == {"int8_linear", "low_rank_add", "embedding_add", "paged_attention", "write_kv", "greedy"}

@@ -26,7 +26,7 @@ from kernel_cases import (
 )
 from polyhead_core.kernels import reference
 from polyhead_core.kernels.decoder import Activation
-from polyhead_core.kernels.triton import arithmetic, attention, int8_linear, low_rank, quantize, rotary
+from polyhead_core.kernels.triton import arithmetic, attention, int8_linear, logits, low_rank, quantize, rotary
 
 if DEVICE.type == "cuda":
     pytestmark = pytest.mark.gpu
@@ -342,3 +342,14 @@ def test_rotary_and_the_store_of_keys_and_values(width: int, rotary_width: int, 
     assert_same_bits(pages[5], pages[3])
     reference.write_kv(k, v, pages[2], pages[3], slots)
     assert_same_bits(pages[4], pages[2])
+
+
+@pytest.mark.parametrize("vocab", [1, 30, 4096, 9001])
+def test_greedy_equals_the_reference(vocab: int) -> None:
+    x = (normal(seeded(vocab), 6, vocab) * 3).round()  # with ties
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, -3e38)):
+        x[row, vocab // 2] = value
+    got = logits.greedy(x)
+    assert torch.equal(got, reference.greedy(x))
+    assert (got == -1).tolist() == [True] * 3 + [False] * 3
+    assert logits.greedy(x[:0]).shape == (0,)

@@ -159,8 +159,8 @@ def paged_attention(
 
 def greedy(logits_LV: Tensor) -> Tensor:
     """See reference.greedy; [L] int64."""
-    kernels = _cpu(logits_LV)
-    result: Tensor = (reference if kernels is None else kernels).greedy(logits_LV.contiguous())
+    kernels = _triton(logits_LV) or _cpu(logits_LV) or reference
+    result: Tensor = kernels.greedy(logits_LV.contiguous())
     return result
 
 

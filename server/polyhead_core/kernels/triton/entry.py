@@ -7,11 +7,20 @@ from torch import Tensor
 from polyhead_core.kernels.triton import tuning
 from polyhead_core.kernels.triton.attention import paged_attention
 from polyhead_core.kernels.triton.decoder import TritonDecoderStack
+from polyhead_core.kernels.triton.logits import greedy
 from polyhead_core.kernels.triton.low_rank import embedding_add, low_rank_add
 from polyhead_core.kernels.triton.quantize import quantize_rows
 from polyhead_core.kernels.triton.rotary import write_kv
 
-__all__ = ["TritonDecoderStack", "embedding_add", "int8_linear", "low_rank_add", "paged_attention", "write_kv"]
+__all__ = [
+    "TritonDecoderStack",
+    "embedding_add",
+    "greedy",
+    "int8_linear",
+    "low_rank_add",
+    "paged_attention",
+    "write_kv",
+]
 
 
 def int8_linear(
