@@ -328,6 +328,15 @@ def test_embedding_rows_equal_the_reference(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dispatch.embedding_add(y.clone(), tokens, tables, 1, slots, vocab), expected)
 
 
+def test_norms_equal_the_reference() -> None:
+    for rows, width in ((0, 8), (1, 1), (3, 65), (7, 576)):
+        generator = torch.Generator().manual_seed(width)
+        x, weight = torch.randn(rows, width, generator=generator) * 5, torch.randn(width, generator=generator)
+        got = dispatch.rms_norm(x, weight, 1e-5)
+        torch.testing.assert_close(got, reference.rms_norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(dispatch.rms_norm(x[row : row + 1], weight, 1e-5)[0], got[row]) for row in range(rows))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_equals_the_reference(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -157,6 +157,15 @@ def paged_attention(
     return result.to(q_THD.dtype)
 
 
+def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """See reference.rms_norm; one thread's work, for the few rows of which logits are wanted."""
+    kernels = _cpu(x_TI)
+    if kernels is None:
+        return reference.rms_norm(x_TI, weight_I, eps)
+    result: Tensor = kernels.rms_norm(x_TI.float().contiguous(), weight_I, eps)
+    return result
+
+
 def greedy(logits_LV: Tensor) -> Tensor:
     """See reference.greedy; [L] int64."""
     kernels = _triton(logits_LV) or _cpu(logits_LV) or reference

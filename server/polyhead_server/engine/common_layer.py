@@ -50,7 +50,7 @@ def take_apart(layer: nn.Module) -> CommonLayer | None:
     if not all(isinstance(linear, Int8Linear) for linear in linears):
         return None
     int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
-    norms = [_norm(parts[path]) for path in (*_NORMS, *(_HEAD_NORMS if has_head_norms else ()))]
+    norms = [rms_norm_of(parts[path]) for path in (*_NORMS, *(_HEAD_NORMS if has_head_norms else ()))]
     activation = _activation(getattr(getattr(layer, "mlp", None), "act_fn", None))
     found = [norm for norm in norms if norm is not None]
     if len(found) < len(norms) or activation is None or len({eps for _, eps in found}) != 1:
@@ -81,7 +81,7 @@ def _same_input(*linears: Int8Linear) -> bool:
     )
 
 
-def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
+def rms_norm_of(module: nn.Module) -> tuple[Tensor, float] | None:
     """(weight, eps) of an RMS norm, seen by what it does to a row of ones: some models keep the weight less one."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None or [name for name, _ in module.named_parameters()] != ["weight"]:

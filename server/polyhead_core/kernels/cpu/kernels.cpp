@@ -103,6 +103,17 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   return out;
 }
 
+at::Tensor rms_norm_rows(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2 && weight.scalar_type() == at::kFloat &&
+                  weight.is_contiguous() && weight.numel() == x.size(1),
+              "rms_norm reads contiguous float32 rows, and as wide a weight");
+  at::Tensor out = at::empty_like(x);
+  for (int64_t r = 0; r < x.size(0); ++r)
+    rms_norm(x.const_data_ptr<float>() + r * x.size(1), weight.const_data_ptr<float>(), static_cast<float>(eps), x.size(1),
+             out.data_ptr<float>() + r * x.size(1));
+  return out;
+}
+
 at::Tensor greedy(const at::Tensor& logits) {
   TORCH_CHECK(logits.scalar_type() == at::kFloat && logits.is_contiguous() && logits.dim() == 2 && logits.size(1) > 0,
               "greedy reads contiguous float32 rows");
@@ -154,6 +165,7 @@ TORCH_LIBRARY(polyhead_cpu, library) {
               "int site, Tensor slots) -> ()", &low_rank_add);
   library.def("embedding_add(Tensor(a!) y, Tensor ids, Tensor arena, Tensor num_pages, Tensor pages, Tensor bias, "
               "int site, Tensor slots) -> ()", &embedding_add);
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &rms_norm_rows);
   library.def("greedy(Tensor logits) -> Tensor", &greedy);
   library.def("draw(Tensor[] rows, Tensor draws) -> Tensor", &draw);
   library.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tables, Tensor sequences, "
