@@ -41,9 +41,11 @@ def run(
     set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting.")] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option(help="Replace a finished run in the output directory.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint, if there is one.")] = False,
-    nproc: Annotated[int, typer.Option(help="Processes on this machine that share the work ([parallel]).", min=1)] = 1,
+    nproc: Annotated[
+        int, typer.Option(help="Processes on this machine that share the work; settings: parallel.", min=1)
+    ] = 1,
 ) -> None:
-    """Trains one adapter, or several at once ([[adapters]]), and shows held-out examples before and after."""
+    """Trains one adapter, or all in the file's tables of `adapters`, and shows held-out examples before and after."""
     from rich.console import Console
 
     from polyhead_trainer.config import TogetherConfig, load_run

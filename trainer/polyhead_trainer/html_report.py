@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyhead_trainer.config import flat_settings
 from polyhead_trainer.record import RunRecord, TrainableFacts, package_versions
-from polyhead_trainer.report import FORMS
+from polyhead_trainer.report import FORMS, OPERATORS_SHOWN
 
 if TYPE_CHECKING:
     from polyhead_trainer.evaluate import Measures
@@ -32,6 +32,10 @@ def render(record: RunRecord, loss_curve_png: bytes) -> str:
         held_out_curve=[(step, f"{loss:.4f}") for step, loss in record.held_out_curve],
         answers=_answers(record),
         training=_training(record),
+        operators=[
+            (one.name, f"{one.calls:g}", f"{one.seconds * 1000:.2f}", f"{one.share:.1%}")
+            for one in record.operators[:OPERATORS_SHOWN]
+        ],
         data=_data(record),
         settings=list(flat_settings(config).items()),
         versions=list(package_versions().items()),

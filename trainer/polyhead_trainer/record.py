@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from polyhead_core.backbone import Backbone
     from polyhead_trainer.evaluate import Measures
     from polyhead_trainer.loop import StepReport
+    from polyhead_trainer.profiling import OperatorTime
 
 METRICS_FILE = "polyhead_metrics.json"
 SCHEMA = 1
@@ -149,6 +150,8 @@ class RunRecord:
     """Model FLOPs utilisation of the training steps, as `utilization` counts it: a share of `peak_flops_per_s`."""
     peak_flops_per_s: float | None = None
     peak_flops_source: str = ""
+    operators: list[OperatorTime] = dataclasses.field(default_factory=list)
+    """Of the profiled steps; empty: none were."""
     trained_with: list[str] = dataclasses.field(default_factory=list)
     """Adapters that shared its forward and backward passes; its seconds of training are its part by tokens."""
 
@@ -157,7 +160,8 @@ class RunRecord:
         record["config"] = self.config.model_dump(mode="json")
         for name in ("backbone", "data", "trainable", "before", "after"):
             record[name] = dataclasses.asdict(record[name])
-        record["curve"] = [dataclasses.asdict(report) for report in self.curve]
+        for name in ("curve", "operators"):
+            record[name] = [dataclasses.asdict(one) for one in record[name]]
         record = {"schema": SCHEMA, "versions": package_versions(), **record}
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 

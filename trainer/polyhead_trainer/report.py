@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,7 +14,9 @@ from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, Trainab
 
 if TYPE_CHECKING:
     from polyhead_trainer.evaluate import Measures
+    from polyhead_trainer.profiling import OperatorTime
 
+OPERATORS_SHOWN = 15
 FORMS = {
     "held_out_loss": ("held-out loss (nats)", ".3f"),
     "accuracy": ("accuracy", ".1%"),
@@ -87,6 +90,9 @@ def print_outcome(console: Console, record: RunRecord) -> None:
     for row in comparison(record.before, record.after):
         table.add_row(*row)
     console.print(table)
+    if record.operators:
+        console.print(operators_table(record.operators))
+        say(console, f"traces of the profiled steps: {record.config.output}.profile")
     if record.rank_bytes:
         console.print(_rank_bytes(record, record.rank_bytes))
     show = record.config.evaluate.show
@@ -99,6 +105,13 @@ def print_outcome(console: Console, record: RunRecord) -> None:
         f"({tokens / record.train_seconds:.0f} tokens/s); {record.total_seconds:.0f} s in all; "
         f"peak memory {record.peak_memory_bytes:,} bytes",
     )
+
+
+def operators_table(operators: Sequence[OperatorTime]) -> Table:
+    table = Table("operator", "calls", "ms", "share", title="where the time of a profiled step goes")
+    for one in operators[:OPERATORS_SHOWN]:
+        table.add_row(one.name, f"{one.calls:g}", f"{one.seconds * 1000:.2f}", f"{one.share:.1%}")
+    return table
 
 
 def _answers(record: RunRecord, show: int) -> Table:

@@ -34,6 +34,7 @@ from polyhead_trainer.parallel import (
     without_backward,
 )
 from polyhead_trainer.parallel.memory import RankMemoryMeter, peak_memory_bytes
+from polyhead_trainer.profiling import StepProfiler
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_shared
@@ -92,6 +93,7 @@ class _Prepared:
     """None where its FLOPs cannot be counted."""
     watch: HeldOutWatch
     tracking: RunTracking
+    profiler: StepProfiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def _train_and_publish(
         mfu=trained.progress.mfu,
         peak_flops_per_s=run.utilization.peak.flops_per_s if run.utilization else None,
         peak_flops_source=run.utilization.peak.source if run.utilization else "",
+        operators=run.profiler.operators,
     )
     content = _publish(run, record, checkpoints, ranks, overwrite)
     report.print_outcome(console, record)
@@ -190,6 +193,7 @@ def _prepare(config: RunConfig, console: Console, ranks: Ranks) -> _Prepared:
         utilization=_utilization(config, backbone, parallel, tuned, len(data.examples)),
         watch=watch,
         tracking=RunTracking(trackers, watch),
+        profiler=StepProfiler(config.profile, config.output, ranks.device, ranks.rank),
     )
 
 
@@ -230,6 +234,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         saved = restore(latest, loop, stateful, ranks)
         report.say(console, f"continuing {latest} after step {saved.step}")
     else:
+        run.profiler.check(loop.num_steps)
         console.print("measuring the backbone on the held-out examples")
         before = measure_before(run.evaluator, tuned, config.adapter)
         saved = SavedRun(identity=identity, before=before, hooks={})
@@ -240,8 +245,8 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     energy.start()
     tracking.begin(config, saved.before, progress.history)
     try:
-        with progress:
-            loop.run([progress, watch, memory, energy, tracking, last_good, checkpointer])
+        with progress, run.profiler:
+            loop.run([progress, watch, memory, energy, tracking, last_good, checkpointer, run.profiler])
         checkpointer.wait()
     except TrainingDiverged as error:
         checkpointer.close()

@@ -18,6 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import BackboneError
 from polyhead_core.int8 import Int8Linear
+from polyhead_core.kernels import dispatch
+from polyhead_core.kernels.draw import Draw
 from polyhead_core.kernels.tables import AdapterTables
 from polyhead_core.sites import SiteKind
 from polyhead_server.engine import attention
@@ -100,6 +102,8 @@ class Runner:
         """
         if self.backbone.device.type != "cuda" and self.graphs is None:
             return
+        # Tokens are drawn on the host, by kernels that are compiled on first use.
+        dispatch.draw([torch.zeros(1)], [Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.0)])
         linear = frozenset(
             site.index for site in self.backbone.sites if site.kind is SiteKind.LINEAR and not site.is_head
         )

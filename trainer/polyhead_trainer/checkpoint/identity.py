@@ -25,6 +25,7 @@ CHANGES_NOTHING = (
     "parallel.cpu_offload",
     "parallel.timeout_s",
     "tracking.",
+    "profile.",
 )
 """Settings (a dot at the end: whole sections) that may differ between a run and its continuation. Other numbers of
 threads or ranks, or another way to share the work among them, change results in rounding alone."""

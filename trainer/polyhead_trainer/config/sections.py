@@ -233,6 +233,18 @@ class TrackingSection(Section):
     `wandb`."""
 
 
+class ProfileSection(Section):
+    """Where the time of some steps goes, by torch.profiler: a trace of each rank in `<output>.profile`, for Perfetto,
+    chrome://tracing or TensorBoard's profile plugin, and a table of operators in the report."""
+
+    steps: Count = 0
+    """Optimizer steps (with [[adapters]]: rounds) that are profiled; 0: none. A trace takes megabytes a step."""
+    after: Count = 2
+    """Steps of this process before them: the first ones allocate, and compile."""
+    memory: bool = False
+    """Note who allocates what, too."""
+
+
 class RunConfig(Section):
     output: Path
     """The adapter's directory. It appears only when the run is complete."""
@@ -250,6 +262,7 @@ class RunConfig(Section):
     parallel: ParallelSection = ParallelSection()
     preference: PreferenceSection = PreferenceSection()
     tracking: TrackingSection = TrackingSection()
+    profile: ProfileSection = ProfileSection()
 
     def with_labels(self, labels: list[str]) -> RunConfig:
         """The same run with its labels written down: who reloads its output needs no training data for them."""

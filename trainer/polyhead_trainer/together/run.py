@@ -24,6 +24,7 @@ from polyhead_trainer.loop import TrainingLoop
 from polyhead_trainer.out_of_memory import explaining_out_of_memory
 from polyhead_trainer.parallel import Ranks, joined
 from polyhead_trainer.parallel.memory import peak_memory_bytes
+from polyhead_trainer.profiling import StepProfiler
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters, read_record
@@ -31,7 +32,7 @@ from polyhead_trainer.run import RunResult, measure_before
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpointer, restore_together
-from polyhead_trainer.together.loop import Course, train_together
+from polyhead_trainer.together.loop import Course, RoundHook, train_together
 from polyhead_trainer.together.model import Member, SharedBackbone
 from polyhead_trainer.together.progress import TogetherProgress
 from polyhead_trainer.tracking import EventFiles, RunTracking, check_tracking
@@ -186,6 +187,7 @@ def _train(
     identities = {adapter.name: RunIdentity.of(adapter.config, adapter.facts, facts) for adapter in adapters}
     stateful = {adapter.name: adapter.stateful for adapter in adapters}
     courses = [adapter.course for adapter in adapters]
+    profiler = StepProfiler(config.shared.profile, config.output, shared.backbone.device)
     latest = checkpoints.latest()
     if latest is not None:
         for remark in SavedTogether.read(latest).check_continues(identities, latest):
@@ -193,6 +195,7 @@ def _train(
         saved = restore_together(latest, shared, courses, stateful, energy)
         report.say(console, f"continuing {latest} after round {saved.round}")
     else:
+        profiler.check(max(course.loop.num_steps for course in courses))
         console.print("measuring the backbone on the held-out examples of each")
         before = {}
         for adapter in adapters:
@@ -208,11 +211,15 @@ def _train(
     progress = TogetherProgress(console, {adapter.name: adapter.progress for adapter in adapters})
     energy.start()
     try:
-        with progress:
-            train_together(shared, courses, config.shared.training, [progress, _AfterRound(energy), checkpointer])
+        with progress, profiler:
+            hooks: list[RoundHook] = [progress, _AfterRound(energy), checkpointer, profiler]
+            train_together(shared, courses, config.shared.training, hooks)
         checkpointer.wait()
     finally:
         checkpointer.close()
+    if profiler.operators:
+        console.print(report.operators_table(profiler.operators))
+        report.say(console, f"traces of the profiled rounds: {profiler.folder}")
 
 
 @dataclass(frozen=True)
