@@ -79,6 +79,10 @@ class _StepMetrics(Collector):
         with self._lock:
             return self._families()
 
+    def describe(self) -> list[Metric]:
+        """From which the registry knows the names, for scrapes of some of them."""
+        return self._families()
+
     def _families(self) -> list[Metric]:
         def counter(name: str, text: str, value: float) -> Metric:
             return CounterMetricFamily(f"polyhead_{name}", text, value=value)

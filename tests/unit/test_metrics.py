@@ -105,3 +105,11 @@ def test_scrapes_are_answered() -> None:
     port = metrics.serve("127.0.0.1", 0)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
         assert b"polyhead_steps_total 0.0" in response.read()
+
+
+def test_a_scrape_of_some_names_finds_those_of_steps() -> None:
+    metrics = Metrics()
+    metrics.step(4, 3, 10, 2, {"forward": 0.5})
+    names = ["polyhead_steps_total", "polyhead_step_seconds_count"]
+    found = {s.name: s.value for f in metrics.registry.restricted_registry(names).collect() for s in f.samples}
+    assert found == {"polyhead_steps_total": 1, "polyhead_step_seconds_count": 1}
