@@ -72,7 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of that GPU")
     parser.add_argument("--usable", type=float, default=0.8, help="part of a memory for weights and adapters")
     parser.add_argument(
-        "--demand", type=float, help="tokens per second to serve; default: what one machine does with Polyhead"
+        "--demand",
+        type=float,
+        help="tokens per second to serve; default: one machine's with Polyhead, in its slowest loop",
     )
     parser.add_argument("--scratch", type=Path, help="where adapters are written (6 MB each); default: the system's")
     parser.add_argument("--seed", type=int, default=0)
@@ -198,7 +200,7 @@ def _bytes_per_tenant(rows: list[Row], merger: Merger, swap: Swap) -> Row:
 
 
 def _add_costs(rows: list[Row], machine: Machine, demand: float | None) -> None:
-    one_machine = {row["fine_tunes"]: row["output_tokens_per_s"] for row in rows if row["system"] == "polyhead"}
+    one_machine = {row["fine_tunes"]: row["output_tokens_per_s_min"] for row in rows if row["system"] == "polyhead"}
     for row in rows:
         wanted = demand if demand is not None else one_machine[row["fine_tunes"]]
         row["demand_tokens_per_s"] = wanted
