@@ -45,7 +45,6 @@ class StepProfiler:
         self._device = device
         self._trace = self.folder / f"rank{rank}.pt.trace.json.gz"
         self._num_done = 0
-        self._began_after = 0
         self._running: profile | None = None
 
     def check(self, num_steps: int) -> None:
@@ -77,13 +76,12 @@ class StepProfiler:
         self._move_on()
 
     def _move_on(self) -> None:
-        if self._running is not None and self._num_done == self._began_after + self._settings.steps:
+        if self._running is not None and self._num_done == self._settings.after + self._settings.steps:
             self._finish()
         elif self._settings.steps and self._num_done == self._settings.after:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self._began_after = self._num_done
             self._running = profile(activities=activities, profile_memory=self._settings.memory)
             self._running.start()
 
@@ -91,7 +89,7 @@ class StepProfiler:
         assert self._running is not None
         finished, self._running = self._running, None
         finished.stop()
-        self.operators = _operator_times(finished.key_averages(), self._num_done - self._began_after, self._device)
+        self.operators = _operator_times(finished.key_averages(), self._num_done - self._settings.after, self._device)
         with writing(self.folder, "checkpoints stay as they are"):
             self.folder.mkdir(parents=True, exist_ok=True)
             finished.export_chrome_trace(str(self._trace))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,16 +106,6 @@ def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-class FinalNorm:
-    """The RMS norm of float32 rows [L, hidden]."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return dispatch.rms_norm(rows, self._weight, self._eps)
-
-
 class DirectForward:
     """Embedding, rotary tables, fused layers, final norm of the wanted rows and head, without the calls in between.
 
@@ -130,7 +121,8 @@ class DirectForward:
         """Replaces the final norm, half a dozen small operations, by one where it is an RMS norm of float32."""
         parts = rms_norm_of(self._norm)
         if parts is not None and self._norm.weight.dtype == torch.float32:
-            self._norm = FinalNorm(*parts)
+            weight, eps = parts
+            self._norm = partial(dispatch.rms_norm, weight_I=weight, eps=eps)
 
     def __call__(self, batch: StepBatch) -> Tensor:
         """Logits [L, vocab] at the batch's logit rows."""

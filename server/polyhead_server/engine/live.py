@@ -60,7 +60,7 @@ class LiveSequence:
         index = self.sequence.index
         if self._detokenizer.stop is not None:
             finish = ChoiceFinish(index=index, reason=FinishReason.STOP, stop=self._detokenizer.stop)
-        elif is_end or self.sequence.is_at_limit:
+        elif self.ends_with(sampled.token_id):
             text += self._detokenizer.flush()
             # What was held back may, at the very end, still hold a stop string.
             met = self._detokenizer.stop

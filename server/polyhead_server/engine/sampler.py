@@ -40,7 +40,6 @@ class SamplerRow:
     end_token_ids: frozenset[int] = field(init=False)
     """Tokens that end the sequence: the stop tokens and, unless ignore_eos, the model's end tokens."""
     _penalizes: bool = field(init=False)
-    _always_takes_argmax: bool = field(init=False)
     _generator: torch.Generator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -48,7 +47,6 @@ class SamplerRow:
         self.end_token_ids = frozenset(eos) | frozenset(self.params.stop_token_ids)
         penalties = (self.params.repetition_penalty, self.params.presence_penalty, self.params.frequency_penalty)
         self._penalizes = penalties != (1.0, 0.0, 0.0)
-        self._always_takes_argmax = self.params.is_greedy and not self._penalizes and self.params.min_tokens == 0
 
     @property
     def output_token_ids(self) -> Sequence[int]:
@@ -65,7 +63,7 @@ class SamplerRow:
     @property
     def takes_argmax(self) -> bool:
         """Of the logits as they are."""
-        return self._always_takes_argmax or (self.params.is_greedy and not self.adjusts_logits)
+        return self.params.is_greedy and not self.adjusts_logits
 
     def next_draw(self) -> Draw:
         if self._generator is None:

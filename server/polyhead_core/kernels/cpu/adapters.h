@@ -56,7 +56,7 @@ struct SlotGroup {
 class SlotGroups {
  public:
   std::vector<int64_t> order;
-  std::vector<SlotGroup> groups;   // without slot -1
+  std::vector<SlotGroup> groups;  // without slot -1
   std::vector<int64_t> group_of;  // of each row; -1: none
 
   SlotGroups(const AdapterTables& tables, int64_t first, int64_t last, const int32_t* slots, int64_t rows)

@@ -129,8 +129,8 @@ struct DecoderStack : torch::CustomClassHolder {
   // x [T, hidden] float32 -> the output of the layers [first, last), in place.
   void forward(int64_t first, int64_t last, at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& positions,
                const at::Tensor& sequence, const at::Tensor& block_tables, const at::Tensor& key_offsets,
-               const at::Tensor& slot_mapping, const at::Tensor& slots, const at::Tensor& arena, const at::Tensor& num_pages, const at::Tensor& pages,
-               const at::Tensor& bias) {
+               const at::Tensor& slot_mapping, const at::Tensor& slots, const at::Tensor& arena,
+               const at::Tensor& num_pages, const at::Tensor& pages, const at::Tensor& bias) {
     RECORD_FUNCTION("polyhead_cpu::decoder_layers", std::vector<c10::IValue>());
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 2 && x.size(1) == hidden,
                 "the decoder reads contiguous float32 [tokens, ", hidden, "]");
@@ -225,8 +225,8 @@ struct DecoderStack : torch::CustomClassHolder {
   // y (+)= W x; `x` holds the float rows, `quantized` their int8 form. Returns what the adapters add, which is still to be
   // added to each row by the member that goes on with it.
   template <typename A>
-  Deltas<A> product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows,
-               const A* arena, const ProductCounters& counters, const Member& member) {
+  Deltas<A> product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows, const A* arena,
+                    const ProductCounters& counters, const Member& member) {
     const PackedLinear& linear = *one.linear;
     const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, delta_rows.data(), linear.out, false);
     if (deltas.empty()) {
