@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from in_process import InProcessEngine, StepFigures
+from in_process import InProcessEngine
 
 from polyhead_core.backbone import Backbone
 from polyhead_core.sites import SiteKind
+from polyhead_server.metrics import StepFigures
 
 Row = dict[str, Any]
 _MAX_TRIES = 5
@@ -60,15 +61,15 @@ def measure_decode(engine: InProcessEngine, rows: int, names: Sequence[str], loa
         full = _steps_of_all(engine, chosen, load, run)
         if run:  # the first one warms up
             seen += full
-            repeats.append(statistics.median(step.total_s for step in full))
-    phases = {name: statistics.median(step.phase_s[name] for step in seen) for name in seen[0].phase_s}
+            repeats.append(statistics.median(step.seconds for step in full))
+    phases = {name: statistics.median(step.phase_seconds[name] for step in seen) for name in seen[0].phase_seconds}
     tokens_in_cache = rows * (load.context + load.steps / 2)
     devices = {info.name: info.device_bytes for info in engine.store.list()}
     return {
         "rows": rows,
         "distinct_adapters": len(set(chosen) - {None}),
         "steps": len(seen),
-        "step_s": statistics.median(step.total_s for step in seen),
+        "step_s": statistics.median(step.seconds for step in seen),
         "step_s_by_repeat": repeats,
         "phase_s": phases,
         "weight_bytes": weight_bytes(engine.backbone),
@@ -94,7 +95,7 @@ def _steps_of_all(
             answer.result()
         while not engine.steps[before:] or engine.status.num_running:
             time.sleep(0.01)  # the last step is booked after its answers have gone out
-        full = [step for step in engine.steps[before:] if step.is_pure_decode and step.rows == len(chosen)]
+        full = [step for step in engine.steps[before:] if step.rows == step.decode_tokens == len(chosen)]
         if full:
             return full
     raise SystemExit(f"no step decoded {len(chosen)} rows together: raise --steps, or max_batch_tokens by --set")

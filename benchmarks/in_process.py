@@ -18,31 +18,11 @@ from typing import Any
 from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_server.config import ServerConfig
 from polyhead_server.engine.engine import Engine, EngineStatus
-from polyhead_server.metrics import Metrics
+from polyhead_server.metrics import Metrics, StepFigures
 from polyhead_server.request import Event, FailedEvent, FinishedEvent, Request, SamplingParams, TokensEvent
 from polyhead_server.store.store import AdapterInfo, AdapterStore
 
 ANSWER_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """One forward pass, as the engine reports it to its metrics."""
-
-    rows: int
-    distinct_adapters: int
-    """The backbone alone counts as one."""
-    prefill_tokens: int
-    decode_tokens: int
-    phase_s: dict[str, float]
-
-    @property
-    def is_pure_decode(self) -> bool:
-        return self.prefill_tokens == 0 and self.decode_tokens > 0
-
-    @property
-    def total_s(self) -> float:
-        return sum(self.phase_s.values())
 
 
 class StepLog(Metrics):
@@ -52,13 +32,9 @@ class StepLog(Metrics):
         super().__init__()
         self.steps: list[StepFigures] = []
 
-    def step(self, *arguments: Any, **figures: Any) -> None:
-        super().step(*arguments, **figures)
-        names = ("rows", "distinct_adapters", "prefill_tokens", "decode_tokens", "phase_seconds")
-        known = {**dict(zip(names, arguments, strict=False)), **figures}
-        phase_s = dict(known["phase_seconds"])
-        counts = {name: int(known[name]) for name in names[:-1]}
-        self.steps.append(StepFigures(**counts, phase_s=phase_s))
+    def step(self, step: StepFigures) -> None:
+        super().step(step)
+        self.steps.append(step)
 
 
 @dataclass

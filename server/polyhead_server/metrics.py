@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -19,6 +19,22 @@ _LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
 _ROW_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFigures:
+    """One forward pass."""
+
+    rows: int
+    distinct_adapters: int
+    """The backbone alone counts as one of them."""
+    prefill_tokens: int
+    decode_tokens: int
+    phase_seconds: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phase_seconds.values())
 
 
 class _Distribution:
@@ -52,23 +68,16 @@ class _StepMetrics(Collector):
         self._seconds, self._inter_token = _Distribution(_LATENCY_BUCKETS_S), _Distribution(_LATENCY_BUCKETS_S)
         self._phase_seconds: dict[str, float] = {}
 
-    def step(
-        self,
-        rows: int,
-        distinct_adapters: int,
-        prefill_tokens: int,
-        decode_tokens: int,
-        phase_seconds: Mapping[str, float],
-    ) -> None:
+    def step(self, step: StepFigures) -> None:
         with self._lock:
             self._steps += 1
-            self._mixed_steps += distinct_adapters >= 2
-            self._rows.add(rows)
-            self._distinct_adapters.add(distinct_adapters)
-            self._prefill_tokens += prefill_tokens
-            self._decode_tokens += decode_tokens
-            self._seconds.add(sum(phase_seconds.values()))
-            for phase, seconds in phase_seconds.items():
+            self._mixed_steps += step.distinct_adapters >= 2
+            self._rows.add(step.rows)
+            self._distinct_adapters.add(step.distinct_adapters)
+            self._prefill_tokens += step.prefill_tokens
+            self._decode_tokens += step.decode_tokens
+            self._seconds.add(step.seconds)
+            for phase, seconds in step.phase_seconds.items():
                 self._phase_seconds[phase] = self._phase_seconds.get(phase, 0.0) + seconds
 
     def inter_token(self, seconds: float) -> None:
@@ -176,16 +185,8 @@ class Metrics:
         self._waiting.set(waiting)
         self._running.set(running)
 
-    def step(
-        self,
-        rows: int,
-        distinct_adapters: int,
-        prefill_tokens: int,
-        decode_tokens: int,
-        phase_seconds: Mapping[str, float],
-    ) -> None:
-        """One forward pass. `distinct_adapters` counts the backbone alone as one of them."""
-        self._steps.step(rows, distinct_adapters, prefill_tokens, decode_tokens, phase_seconds)
+    def step(self, step: StepFigures) -> None:
+        self._steps.step(step)
 
     def kv_blocks(self, used: int, total: int) -> None:
         self._kv_used.set(used)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import threading
 import urllib.request
+from dataclasses import replace
 
-from polyhead_server.metrics import BACKBONE, OTHER_ADAPTERS, Metrics
+from polyhead_server.metrics import BACKBONE, OTHER_ADAPTERS, Metrics, StepFigures
+
+STEP = StepFigures(
+    rows=4, distinct_adapters=3, prefill_tokens=10, decode_tokens=2, phase_seconds={"forward": 0.5, "sample": 0.25}
+)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -52,8 +57,8 @@ def test_no_adapter_labels_at_all_is_possible() -> None:
 
 def test_a_step_counts_rows_tokens_phases_and_shared_batches() -> None:
     metrics = Metrics()
-    metrics.step(4, 3, 10, 2, {"forward": 0.5, "sample": 0.25})
-    metrics.step(1, 1, 0, 1, {"forward": 0.5})
+    metrics.step(STEP)
+    metrics.step(replace(STEP, rows=1, distinct_adapters=1, prefill_tokens=0, decode_tokens=1))
     assert value(metrics, "polyhead_steps_total") == 2
     assert value(metrics, "polyhead_mixed_adapter_steps_total") == 1
     assert value(metrics, "polyhead_batch_rows_sum") == 5
@@ -61,7 +66,7 @@ def test_a_step_counts_rows_tokens_phases_and_shared_batches() -> None:
     assert value(metrics, "polyhead_prefill_tokens_total") == 10
     assert value(metrics, "polyhead_decode_tokens_total") == 3
     assert value(metrics, "polyhead_step_phase_seconds_total", phase="forward") == 1.0
-    assert value(metrics, "polyhead_step_seconds_sum") == 1.25
+    assert value(metrics, "polyhead_step_seconds_sum") == 1.5
 
 
 def test_latencies_memory_and_adapters() -> None:
@@ -109,7 +114,7 @@ def test_scrapes_are_answered() -> None:
 
 def test_a_scrape_of_some_names_finds_those_of_steps() -> None:
     metrics = Metrics()
-    metrics.step(4, 3, 10, 2, {"forward": 0.5})
+    metrics.step(STEP)
     names = ["polyhead_steps_total", "polyhead_step_seconds_count"]
     found = {s.name: s.value for f in metrics.registry.restricted_registry(names).collect() for s in f.samples}
     assert found == {"polyhead_steps_total": 1, "polyhead_step_seconds_count": 1}

@@ -25,7 +25,7 @@ from polyhead_server.engine.sampler import Sampled, sample
 from polyhead_server.engine.stopwatch import Stopwatch
 from polyhead_server.engine.work import Work, named_failure
 from polyhead_server.kvcache.block_manager import BlockManager
-from polyhead_server.metrics import Metrics
+from polyhead_server.metrics import Metrics, StepFigures
 from polyhead_server.request import EventSink, Request
 from polyhead_server.scheduler.scheduler import Scheduler, SchedulerConfig
 from polyhead_server.scheduler.step import ScheduledRow, Step
@@ -369,11 +369,13 @@ class Engine:
     def _observe_step(self, step: Step, watch: Stopwatch) -> None:
         decodes = sum(row.is_decode for row in step.rows)
         self._metrics.step(
-            rows=len(step.rows),
-            distinct_adapters=len({row.sequence.adapter_hash for row in step.rows}),
-            prefill_tokens=step.num_tokens - decodes,
-            decode_tokens=decodes,
-            phase_seconds=watch.laps,
+            StepFigures(
+                rows=len(step.rows),
+                distinct_adapters=len({row.sequence.adapter_hash for row in step.rows}),
+                prefill_tokens=step.num_tokens - decodes,
+                decode_tokens=decodes,
+                phase_seconds=watch.laps,
+            )
         )
 
     def _check_integrity(self) -> None:
