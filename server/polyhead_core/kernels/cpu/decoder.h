@@ -170,7 +170,7 @@ struct DecoderStack : torch::CustomClassHolder {
         Counter* of_layer = counters.data();
         for (int64_t index = first; index < last; ++index)
           for (const Rows& block : blocks) {
-            run_layer(layers[index], block, weights, {of_layer, threads}, scratch, attention, member, clock);
+            run_layer(layers[index], layers[(index + 1) % layers.size()], block, weights, {of_layer, threads}, scratch, attention, member, clock);
             of_layer += LayerCounters::size(threads);
           }
         if (member.rank == 0)
@@ -223,15 +223,16 @@ struct DecoderStack : torch::CustomClassHolder {
   }
 
   // y (+)= W x; `x` holds the float rows, `quantized` their int8 form. Returns what the adapters add, which is still to be
-  // added to each row by the member that goes on with it.
+  // added to each row by the member that goes on with it. `next`: the layer that is multiplied next.
   template <typename A>
-  Deltas<A> product(const FusedLinear& one, const float* x, float* y, bool accumulate, const Rows& rows, const A* arena,
-                    const ProductCounters& counters, const Member& member) {
-    const PackedLinear& linear = *one.linear;
+  Deltas<A> product(const FusedLinear& one, const FusedLinear& next, const float* x, float* y, bool accumulate,
+                    const Rows& rows, const A* arena, const ProductCounters& counters, const Member& member) {
+    const PackedLinear &linear = *one.linear, &after = *next.linear;
     const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, delta_rows.data(), linear.out, false);
     if (deltas.empty()) {
       const auto [first, last] = member.share(linear.num_panels());
-      multiply_panels(linear, quantized, rows.count, first, last, y, linear.out, accumulate);
+      multiply_panels(linear, quantized, rows.count, first, last, after.panel(member.share(after.num_panels()).first), y,
+                      linear.out, accumulate);
       member.wait();
       return deltas;
     }
@@ -243,7 +244,8 @@ struct DecoderStack : torch::CustomClassHolder {
         const auto [first, last] = Member{owner, member.size, nullptr}.share(linear.num_panels());
         const int64_t some = std::max<int64_t>(1, (last - first) / 8);
         for (int64_t begin; (begin = first + counters.panels[owner].take() * some) < last;)
-          multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last), y, linear.out, accumulate);
+          multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last), linear.panel(begin + some), y,
+                          linear.out, accumulate);
       }
     };
     if (member.rank % 2) multiply();
@@ -254,7 +256,7 @@ struct DecoderStack : torch::CustomClassHolder {
   }
 
   template <typename A>
-  void run_layer(const DecoderLayer& layer, const Rows& rows, const A* arena,
+  void run_layer(const DecoderLayer& layer, const DecoderLayer& next, const Rows& rows, const A* arena,
                  const LayerCounters& counters, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
                  PhaseClock& clock) {
     float* x = rows.x;
@@ -262,7 +264,7 @@ struct DecoderStack : torch::CustomClassHolder {
     for (int64_t r = begin; r < end; ++r) norm_row(layer.input_norm, *layer.qkv.linear, x, r, scratch);
     member.wait();
     clock.lap(0);
-    const Deltas at_qkv = product(layer.qkv, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
+    const Deltas at_qkv = product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) {
@@ -282,7 +284,7 @@ struct DecoderStack : torch::CustomClassHolder {
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
     clock.lap(4);
-    const Deltas at_output = product(layer.output, attended.data(), x, true, rows, arena, counters.product(1), member);
+    const Deltas at_output = product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member);
     clock.lap(5);
     for (int64_t r = begin; r < end; ++r) {
       at_output.add_to(x, r);
@@ -291,7 +293,7 @@ struct DecoderStack : torch::CustomClassHolder {
     member.wait();
     clock.lap(6);
     const Deltas at_gate_up =
-        product(layer.gate_up, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
+        product(layer.gate_up, layer.down, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
     clock.lap(7);
     for (int64_t r = begin; r < end; ++r) {
       at_gate_up.add_to(gate_up_rows.data(), r);
@@ -299,7 +301,7 @@ struct DecoderStack : torch::CustomClassHolder {
     }
     member.wait();
     clock.lap(8);
-    const Deltas at_down = product(layer.down, activated.data(), x, true, rows, arena, counters.product(3), member);
+    const Deltas at_down = product(layer.down, next.qkv, activated.data(), x, true, rows, arena, counters.product(3), member);
     for (int64_t r = begin; r < end; ++r) at_down.add_to(x, r);
     clock.lap(9);
   }

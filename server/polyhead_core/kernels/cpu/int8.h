@@ -141,6 +141,8 @@ struct PackedLinear : torch::CustomClassHolder {
     const int64_t bytes = num_panels() * (depth + tail) * PANEL + (PART - QUAD) * PANEL;
     panels = lasting ? empty_on_huge_pages(bytes) : at::empty({bytes}, at::kChar);
     pack(weight.const_data_ptr<int8_t>());
+    panel_data_ = panels.const_data_ptr<int8_t>();
+    scale_data_ = scale.const_data_ptr<float>(), bias_data_ = bias.const_data_ptr<float>();
   }
 
   int64_t num_panels() const { return (out + PANEL - 1) / PANEL; }
@@ -160,13 +162,19 @@ struct PackedLinear : torch::CustomClassHolder {
     });
     return unpacked;
   }
-  const int8_t* panel(int64_t index) const { return panels.const_data_ptr<int8_t>() + index * panel_bytes(); }
+  const int8_t* panel(int64_t index) const { return panel_data_ + index * panel_bytes(); }
+  const float* scale_of(int64_t panel) const { return scale_data_ + panel * PANEL; }
+  const float* bias_of(int64_t panel) const { return bias_data_ + panel * PANEL; }
   int64_t num_bytes() const {
     return panels.nbytes() + scale.nbytes() + bias.nbytes() + 2 * smooth.nbytes() + columns.nbytes() +
            2 * column_smooth.nbytes() + order.size() * sizeof(order[0]) + kept.size() * sizeof(kept[0]);
   }
 
  private:
+  // A tensor gives its data by a call, which a panel would wait for.
+  const int8_t* panel_data_;
+  const float *scale_data_, *bias_data_;
+
   // Where output `o`'s `k`-th input lies in its panel.
   static int64_t place(int64_t o, int64_t k) { return k / QUAD * QUAD * PANEL + o * QUAD + k % QUAD; }
   // Adds 128 or takes it off, which is the same.
@@ -414,40 +422,52 @@ inline void for_each_part(const PackedLinear& linear, int64_t panel, const Part&
   }
 }
 
-// y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o] for `rows` rows from r on: of each part, `products` holds
-// the sums of MOST rows. Calls between() before each row.
-template <int MOST, typename Between>
-inline void put(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
-                int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
+// y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o] for `rows` rows from r on: of each of `PARTS`, `products`
+// holds the sums of MOST rows. Calls between() before each row.
+template <int PARTS, int MOST, typename Between>
+inline void put_parts(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
+                      int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
   constexpr int64_t FLOATS = PANEL / WIDTH;  // vectors of floats in a panel
-  const int64_t parts = linear.tail ? 3 : 1, width = std::min(PANEL, linear.out - panel * PANEL);
+  const int64_t width = std::min(PANEL, linear.out - panel * PANEL);
   Floats scale[FLOATS], bias[FLOATS];
   for (int64_t v = 0; v < FLOATS; ++v) {
-    scale[v] = load(linear.scale.const_data_ptr<float>() + panel * PANEL + v * WIDTH);
-    bias[v] = load(linear.bias.const_data_ptr<float>() + panel * PANEL + v * WIDTH);
+    scale[v] = load(linear.scale_of(panel) + v * WIDTH);
+    bias[v] = load(linear.bias_of(panel) + v * WIDTH);
   }
-  for (int64_t row = 0; row < rows; ++row) {
+  const float* scales = x.scales.data() + 3 * r;
+  const int32_t* sums = x.sums.data() + 3 * r;
+  float* to = y + r * y_stride + panel * PANEL;
+  for (int64_t row = 0; row < rows; ++row, scales += 3, sums += 3, to += y_stride) {
     between();
-    const float* scales = x.scales.data() + 3 * (r + row);
-    const int32_t* sums = x.sums.data() + 3 * (r + row);
-    float* to = y + (r + row) * y_stride + panel * PANEL;
     Floats total[FLOATS];
-    for (int64_t v = 0; v < FLOATS; ++v) total[v] = splat(0.0f);
-    for (int64_t part = 0; part < parts; ++part)
-      for (int64_t v = 0; v < FLOATS; ++v) {
-        const Floats sum = to_floats(products[part][row] + v * WIDTH, BIASED_WEIGHTS ? 128 * sums[part] : 0);
-        total[v] = plus(total[v], times(sum, splat(scales[part])));
-      }
-    for (int64_t v = 0; v < FLOATS; ++v, to += WIDTH) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < FLOATS; ++v) {
+      const auto sum = [&](int part) {
+        return to_floats(products[part][row] + v * WIDTH, BIASED_WEIGHTS ? 128 * sums[part] : 0);
+      };
+      total[v] = times(sum(0), splat(scales[0]));
+#pragma GCC unroll 2
+      for (int part = 1; part < PARTS; ++part) total[v] = plus(total[v], times(sum(part), splat(scales[part])));
       total[v] = plus(times(total[v], scale[v]), bias[v]);
+    }
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < FLOATS; ++v) {
+      float* at = to + v * WIDTH;
       if (width == PANEL) {  // stores of a part of a vector are slow on Zen
-        store(to, accumulate ? plus(load(to), total[v]) : total[v]);
+        store(at, accumulate ? plus(load(at), total[v]) : total[v]);
       } else {
         const int64_t count = width - v * WIDTH;
-        store_first(to, accumulate ? plus(load_first(to, count), total[v]) : total[v], count);
+        store_first(at, accumulate ? plus(load_first(at, count), total[v]) : total[v], count);
       }
     }
   }
+}
+
+template <int MOST, typename Between>
+inline void put(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
+                int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
+  if (linear.tail) put_parts<3>(linear, x, products, r, rows, panel, y, y_stride, accumulate, between);
+  else put_parts<1>(linear, x, products, r, rows, panel, y, y_stride, accumulate, between);
 }
 
 // `ROWS` rows from r on, times one panel.
@@ -462,20 +482,20 @@ void tile(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t
 }
 
 #if defined(POLYHEAD_TILES)
-// The same on the tile unit, for the `rows` rows of `TILES` tiles.
+// The same on the tile unit, for the `rows` rows of `TILES` tiles. `next`: what is read after the panel.
 template <int TILES>
-void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel, float* y,
-                  int64_t y_stride, bool accumulate) {
+void tile_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t r, int64_t rows, int64_t panel,
+                  const int8_t* next, float* y, int64_t y_stride, bool accumulate) {
   alignas(LINE) int32_t products[3][TILES * TILE_ROWS][PANEL];
   // The next panel comes from memory while this one is worked on, evenly: the processor stops where too many lines are
   // asked for at once.
-  const int8_t *next = linear.panel(panel) + linear.panel_bytes(), *const end = next + linear.panel_bytes();
+  const int8_t* const end = next + linear.panel_bytes();
   for_each_part(linear, panel, [&](int index, int64_t offset, int64_t depth, const int8_t* w) {
     multiply_tiles<TILES>(w, x.quads.data() + r * x.stride + offset, x.stride, depth, products[index][0], next);
   });
-  const int64_t lines_a_row = (end - next) / static_cast<int64_t>(LINE) / rows + 1;
+  const int64_t bytes_a_row = (end - next) / rows;  // none are left of a panel of few inputs
   put(linear, x, products, r, rows, panel, y, y_stride, accumulate, [&] {
-    for (int64_t line = 0; line < lines_a_row; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
+    for (int64_t byte = 0; byte < bytes_a_row; byte += LINE, next += LINE) __builtin_prefetch(next, 0, 2);
   });
 }
 #endif
@@ -493,26 +513,29 @@ void tile_of(int64_t count, const PackedLinear& linear, const QuantizedRows& x, 
 #if defined(POLYHEAD_TILES)
 // As multiply_panels(): weights that stay in the second-level cache over all rows, rows in the first over these weights.
 inline void multiply_panels_on_unit(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first,
-                                    int64_t last, float* y, int64_t y_stride, bool accumulate) {
+                                    int64_t last, const int8_t* after, float* y, int64_t y_stride, bool accumulate) {
   constexpr int64_t CACHE_BYTES = 768 << 10;
   const int64_t block = std::max<int64_t>(1, CACHE_BYTES / linear.panel_bytes());
   const TileUnit unit;
   for (int64_t begin = first; begin < last; begin += block)
     for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS)
-      for (int64_t panel = begin; panel < std::min(last, begin + block); ++panel)
+      for (int64_t panel = begin; panel < std::min(last, begin + block); ++panel) {
+        const int8_t* next = panel + 1 < last ? linear.panel(panel + 1) : after;
         if (rows - r > TILE_ROWS)
-          tile_on_unit<2>(linear, x, r, std::min(rows - r, 2 * TILE_ROWS), panel, y, y_stride, accumulate);
+          tile_on_unit<2>(linear, x, r, std::min(rows - r, 2 * TILE_ROWS), panel, next, y, y_stride, accumulate);
         else
-          tile_on_unit<1>(linear, x, r, rows - r, panel, y, y_stride, accumulate);
+          tile_on_unit<1>(linear, x, r, rows - r, panel, next, y, y_stride, accumulate);
+      }
 }
 #endif
 
-// Outputs of the panels [first, last) for all rows; y is [rows, y_stride].
+// Outputs of the panels [first, last) for all rows; y is [rows, y_stride]. `after`: the weights that this thread reads next,
+// or any.
 inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, int64_t rows, int64_t first, int64_t last,
-                            float* y, int64_t y_stride, bool accumulate) {
+                            const int8_t* after, float* y, int64_t y_stride, bool accumulate) {
 #if defined(POLYHEAD_TILES)
   if (rows >= MIN_TILE_ROWS && tiles_are_allowed())
-    return multiply_panels_on_unit(linear, x, rows, first, last, y, y_stride, accumulate);
+    return multiply_panels_on_unit(linear, x, rows, first, last, after, y, y_stride, accumulate);
 #endif
   constexpr int64_t CACHE_BYTES = 192 << 10;  // quantised rows that stay in the second-level cache over the panels
   const int64_t block = std::max<int64_t>(MAX_ROWS, CACHE_BYTES / x.stride / MAX_ROWS * MAX_ROWS);
@@ -521,7 +544,8 @@ inline void multiply_panels(const PackedLinear& linear, const QuantizedRows& x, 
     const int64_t end = std::min(rows, begin + block), tiles = (end - begin + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t panel = first; panel < last; ++panel) {
       // The next panel comes from memory meanwhile, evenly.
-      Ahead ahead{linear.panel(panel) + linear.panel_bytes(), linear.panel_bytes() / std::max<int64_t>(1, tiles * quads) + 1};
+      const int8_t* next = panel + 1 < last ? linear.panel(panel + 1) : after;
+      Ahead ahead{next, linear.panel_bytes() / std::max<int64_t>(1, tiles * quads) + 1};
       for (int64_t r = begin; r < end; r += MAX_ROWS, ahead.data += ahead.step * quads)
         tile_of<MAX_ROWS>(end - r, linear, x, r, panel, ahead, y, y_stride, accumulate);
     }
@@ -539,7 +563,7 @@ inline void linear_forward(const PackedLinear& linear, const float* x, int64_t r
     for (int64_t r = begin; r < end; ++r) quantize(linear, x + r * linear.in, scratch, quantized, r);
     member.wait();
     const auto [first, last] = member.share(linear.num_panels());
-    multiply_panels(linear, quantized, rows, first, last, y, linear.out, false);
+    multiply_panels(linear, quantized, rows, first, last, linear.panel(last), y, linear.out, false);
   });
 }
 

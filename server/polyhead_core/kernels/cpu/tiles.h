@@ -50,12 +50,21 @@ class TileUnit {
   TileUnit& operator=(const TileUnit&) = delete;
 };
 
+// Asks for `LINES` of memory at `next`, and moves it on.
+template <int LINES>
+inline void ask(const int8_t*& next) {
+#pragma GCC unroll 16
+  for (int line = 0; line < LINES; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+}
+
 // to [16 TILES, 32] = rows x (`stride` apart, read to the next multiple of 64) times the panel w, whose weights are kept
-// with 128 added. What w holds beyond `depth` meets zeros of x. Asks meanwhile for the memory at `next`, and moves it on.
+// with 128 added. What w holds beyond `depth` meets zeros of x. Asks meanwhile, a few lines between any two products, for
+// most of as much memory at `next`, and moves it on.
 template <int TILES>
 inline void multiply_tiles(const int8_t* w, const int8_t* x, int64_t stride, int64_t depth, int32_t* to, const int8_t*& next) {
   constexpr int64_t W_STRIDE = 128, Y_STRIDE = 128;
-  asm volatile("" ::: "memory");  // gcc 12's tile loads do not say that they read memory
+  constexpr int LINES = 24 / (2 * TILES);  // of the 32 of a step
+  asm volatile("" ::: "memory");           // gcc 12's tile loads do not say that they read memory
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (TILES == 2) {
@@ -63,20 +72,18 @@ inline void multiply_tiles(const int8_t* w, const int8_t* x, int64_t stride, int
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += TILE_DEPTH, x += TILE_DEPTH, w += TILE_DEPTH * 32) {
-#pragma GCC unroll 32
-    for (int64_t line = 0; line < TILE_DEPTH * 32; line += 64) {
-      if (line % 128 == 0) __builtin_prefetch(next + line / 2, 0, 2);  // from memory
-      __builtin_prefetch(w + 2 * TILE_DEPTH * 32 + line, 0, 3);        // from the second-level cache
-    }
-    next += TILE_DEPTH * 32 / 2;
+    ask<LINES>(next);
     _tile_loadd(4, x, stride);
     _tile_loadd(6, w, W_STRIDE);
     _tile_dpbsud(0, 4, 6);
+    ask<LINES>(next);
     _tile_loadd(7, w + 64, W_STRIDE);
     _tile_dpbsud(1, 4, 7);
     if constexpr (TILES == 2) {
+      ask<LINES>(next);
       _tile_loadd(5, x + TILE_ROWS * stride, stride);
       _tile_dpbsud(2, 5, 6);
+      ask<LINES>(next);
       _tile_dpbsud(3, 5, 7);
     }
   }
