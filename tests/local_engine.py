@@ -54,7 +54,8 @@ class Answer:
 
 
 class LocalEngine:
-    def __init__(self, backbone: Backbone, config: ServerConfig) -> None:
+    def __init__(self, backbone: Backbone, config: ServerConfig, *, started: bool = True) -> None:
+        """Not `started`: what is submitted before `start` is there together, however slow the machine is."""
         self.metrics = Metrics()
         self.store = AdapterStore.for_backbone(config, backbone, self.metrics)
         self.engine = Engine(config, backbone, self.store, self.metrics)
@@ -62,6 +63,10 @@ class LocalEngine:
         self._ids = itertools.count()
         self.store.start()
         self.store.refresh()
+        if started:
+            self.start()
+
+    def start(self) -> None:
         self.engine.start()
 
     def submit(self, prompt: Sequence[int] | str, adapter: str | None = None, **settings: Any) -> Answer:
@@ -89,7 +94,13 @@ class LocalEngine:
 
 @contextlib.contextmanager
 def local_engine(
-    source: Path | str, cache: Path | None, *, quantization: str = "int8", adapters: Path | None = None, **settings: Any
+    source: Path | str,
+    cache: Path | None,
+    *,
+    quantization: str = "int8",
+    adapters: Path | None = None,
+    started: bool = True,
+    **settings: Any,
 ) -> Iterator[LocalEngine]:
     config = ServerConfig(
         backbone=str(source),
@@ -99,7 +110,7 @@ def local_engine(
         **{"kv_cache_bytes": 16 << 20, "adapter_pool_bytes": 64 << 20, "num_threads": 1, **settings},
     )
     backbone = load_backbone(str(source), quantization=quantization, dtype=config.dtype, cache_dir=cache)
-    local = LocalEngine(backbone, config)
+    local = LocalEngine(backbone, config, started=started)
     try:
         yield local
     finally:

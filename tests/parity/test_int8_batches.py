@@ -44,11 +44,14 @@ def requests() -> list[tuple[list[int], str | None, dict[str, Any]]]:
 
 
 def ask_all(engine: LocalEngine, *, together: bool) -> list[tuple[list[int], list[float]]]:
+    """`together`: all before the engine starts."""
     answers = []
     for prompt, adapter, settings in requests():
         answers.append(engine.submit(prompt, adapter, **settings))
         if not together:
             assert answers[-1].finished
+    if together:
+        engine.start()
     return [(a.tokens(), [p.logprob for e in a.events[:-1] for p in e.logprobs]) for a in answers]
 
 
@@ -73,7 +76,7 @@ def test_answers_are_those_of_the_requests_alone(
     served: tuple[Path, Path, Path], alone: list[tuple[list[int], list[float]]], settings: dict[str, Any]
 ) -> None:
     backbone, adapters, cache = served
-    with local_engine(backbone, cache, adapters=adapters, **settings) as engine:
+    with local_engine(backbone, cache, adapters=adapters, started=False, **settings) as engine:
         assert ask_all(engine, together=True) == alone
         if "kv_cache_bytes" in settings:
             assert engine.engine._scheduler.num_preemptions > 0, "the case did not test what it says"

@@ -52,39 +52,70 @@ inline void interleave(__m512i first, __m512i second, BFloat16* to) {
   _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(first, high, second));
 }
 
-// 16 keys of a transposed block -> [width / 2, 16 keys, 2]. Asks meanwhile, line by line, for as much memory at `next`:
-// the processor stops where too many lines are asked for at once.
-inline void pack_keys(const BFloat16* keys, const AttentionShape& s, const BFloat16* next, BFloat16* to) {
+// The pages that are read after those at hand, asked for a few lines at a time between other work: where many are asked for
+// at once the processor stops until most of them are there, and work and memory take turns.
+template <typename Ahead>
+class PageStream {
+ public:
+  // Pages ahead(first) to ahead(last - 1), of `bytes`.
+  PageStream(const Ahead& ahead, int64_t first, int64_t last, int64_t bytes)
+      : ahead_(ahead), page_(first), last_(last), bytes_(bytes) {}
+
+  // `lines` divides those of a page.
+  void ask(int64_t lines) {
+    if (next_ == end_) {
+      if (page_ == last_) return;
+      next_ = reinterpret_cast<const char*>(ahead_(page_++));
+      end_ = next_ + bytes_;
+    }
+    for (; lines > 0; --lines, next_ += LINE) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const Ahead& ahead_;
+  int64_t page_;
+  const int64_t last_, bytes_;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
+// 16 keys of a transposed block -> [width / 2, 16 keys, 2]. Asks meanwhile for half as many lines.
+template <typename Stream>
+inline void pack_keys(const BFloat16* keys, const AttentionShape& s, Stream& stream, BFloat16* to) {
   alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i pairs = _mm512_load_si512(PAIRS);
-  for (int64_t d = 0; d < s.width; d += 2) {
-    const BFloat16* row = keys + d * s.block;
-    prefetch(next + d * TILE_ROWS, LINE);
-    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
-    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + s.block));
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-    _mm512_storeu_si512(to + d * TILE_ROWS, _mm512_permutexvar_epi16(pairs, both));
+  for (int64_t begin = 0; begin < s.width; begin += 16) {
+    stream.ask(4);
+#pragma GCC unroll 8
+    for (int64_t d = begin; d < begin + 16; d += 2) {
+      const BFloat16* row = keys + d * s.block;
+      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+      const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + s.block));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+      _mm512_storeu_si512(to + d * TILE_ROWS, _mm512_permutexvar_epi16(pairs, both));
+    }
   }
 }
 
 // 16 values [16, width] -> [8, width, 2]; those outside [begin, end) may hold anything, a NaN too, and become zeros.
-// Asks for memory at `next` as pack_keys does.
-inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, const BFloat16* next, BFloat16* to) {
+// Asks meanwhile for half as many lines.
+template <typename Stream>
+inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, Stream& stream, BFloat16* to) {
   for (int64_t j = 0; j < TILE_ROWS; j += 2, to += 2 * width) {
+    if (j % 4 == 0) stream.ask(width / 16);
     const __mmask32 first = begin <= j && j < end ? ~0u : 0u, second = begin <= j + 1 && j + 1 < end ? ~0u : 0u;
     const BFloat16* row = values + j * width;
-    for (int64_t d = 0; d < width; d += PAIR_DEPTH) {
-      prefetch(next + j * width + 2 * d, 2 * LINE);
+    for (int64_t d = 0; d < width; d += PAIR_DEPTH)
       interleave(_mm512_maskz_loadu_epi16(first, row + d), _mm512_maskz_loadu_epi16(second, row + width + d), to + 2 * d);
-    }
   }
 }
 
 // scores [rows of a tile, 16 keys], rows `stride` apart, for each of `BLOCKS` sets of keys, which lie one behind the other;
 // queries are [rows, QUERY_PARTS, width]. Several sets at once: the unit takes long for one product, and less for many.
-template <int BLOCKS>
-inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t width, float* scores, int64_t stride) {
+// Calls between() for every set and 32 d.
+template <int BLOCKS, typename Between>
+inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t width, float* scores, int64_t stride,
+                       const Between& between) {
   const int64_t query_bytes = QUERY_PARTS * width * sizeof(BFloat16), block = TILE_ROWS * width;
   asm volatile("" ::: "memory");
   _tile_zero(0);
@@ -94,17 +125,20 @@ inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t wi
     _tile_loadd(6, queries + d, query_bytes);
     _tile_loadd(7, queries + width + d, query_bytes);
     _tile_loadd(3, queries + 2 * width + d, query_bytes);
+    between();
     _tile_loadd(4, keys, 64);
     _tile_dpbf16ps(0, 6, 4);
     _tile_dpbf16ps(0, 7, 4);
     _tile_dpbf16ps(0, 3, 4);
     if constexpr (BLOCKS > 1) {
+      between();
       _tile_loadd(5, keys + block, 64);
       _tile_dpbf16ps(1, 6, 5);
       _tile_dpbf16ps(1, 7, 5);
       _tile_dpbf16ps(1, 3, 5);
     }
     if constexpr (BLOCKS > 2) {
+      between();
       _tile_loadd(4, keys + 2 * block, 64);
       _tile_dpbf16ps(2, 6, 4);
       _tile_dpbf16ps(2, 7, 4);
@@ -117,11 +151,10 @@ inline void score_keys(const BFloat16* queries, const BFloat16* keys, int64_t wi
 }
 
 // out [rows of a tile, 16 VECTORS] = weights [WEIGHT_PARTS planes of [rows, length]] times packed values
-// [length / 2, width, 2].
-template <int VECTORS>
+// [length / 2, width, 2], of which before(j) packs those of the keys from j on. Calls between() VECTORS times after that.
+template <int VECTORS, typename Before, typename Between>
 inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length, const BFloat16* values, int64_t width,
-                          float* out) {
-  asm volatile("" ::: "memory");
+                          float* out, const Before& before, const Between& between) {
   const int64_t weight_bytes = length * sizeof(BFloat16), value_bytes = 2 * width * sizeof(BFloat16);
   _tile_zero(0);
   _tile_zero(1);
@@ -130,17 +163,23 @@ inline void weigh_on_unit(const BFloat16* weights, int64_t plane, int64_t length
     _tile_zero(3);
   }
   for (int64_t j = 0; j < length; j += PAIR_DEPTH, values += PAIR_DEPTH * width) {
+    before(j);
+    asm volatile("" ::: "memory");
     _tile_loadd(6, weights + j, weight_bytes);
     _tile_loadd(7, weights + plane + j, weight_bytes);
+    between();
     _tile_loadd(4, values, value_bytes);
     _tile_dpbf16ps(0, 6, 4);
+    between();
     _tile_loadd(5, values + 32, value_bytes);
     _tile_dpbf16ps(1, 6, 5);
     _tile_dpbf16ps(0, 7, 4);
     _tile_dpbf16ps(1, 7, 5);
     if constexpr (VECTORS == 4) {
+      between();
       _tile_loadd(4, values + 64, value_bytes);
       _tile_dpbf16ps(2, 6, 4);
+      between();
       _tile_loadd(5, values + 96, value_bytes);
       _tile_dpbf16ps(3, 6, 5);
       _tile_dpbf16ps(2, 7, 4);
@@ -171,6 +210,7 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
   scratch.reserve(s.width, rows, length);
   float* scores = scratch.scores.data();
   BFloat16 *queries = scratch.queries.data(), *weights = scratch.weights.data(), *packed = scratch.values.data();
+  PageStream stream(ahead, PAGES_AHEAD, 2 * item.num_blocks + PAGES_AHEAD, s.page() * sizeof(BFloat16));
 
   for (int64_t i = 0; i < num_queries; ++i)
     for (int64_t d = 0; d < s.width; d += PAIR_DEPTH)
@@ -181,14 +221,17 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
     const int64_t count = std::min(SETS, num_sets - set);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t n = (set + k) / per_block, j = (set + k) % per_block * TILE_ROWS;
-      pack_keys(item.page(keys, n) + j, s, ahead(n + PAGES_AHEAD) + j * s.width, scratch.keys.data() + k * TILE_ROWS * s.width);
+      pack_keys(item.page(keys, n) + j, s, stream, scratch.keys.data() + k * TILE_ROWS * s.width);
     }
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       const BFloat16* tile_queries = queries + r * QUERY_PARTS * s.width;
       float* to = scores + r * length + lead + set * TILE_ROWS;
-      if (count == 3) score_keys<3>(tile_queries, scratch.keys.data(), s.width, to, length);
-      else if (count == 2) score_keys<2>(tile_queries, scratch.keys.data(), s.width, to, length);
-      else score_keys<1>(tile_queries, scratch.keys.data(), s.width, to, length);
+      const auto ask = [&] {
+        if (r == 0) stream.ask(8);
+      };
+      if (count == 3) score_keys<3>(tile_queries, scratch.keys.data(), s.width, to, length, ask);
+      else if (count == 2) score_keys<2>(tile_queries, scratch.keys.data(), s.width, to, length, ask);
+      else score_keys<1>(tile_queries, scratch.keys.data(), s.width, to, length, ask);
     }
   }
   for (int64_t i = 0; i < num_queries; ++i) {
@@ -200,22 +243,28 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
     }
     scratch.totals[i] = softmax_split(scores + i * length + begin, end - begin, s, to + begin, plane);
   }
-  for (int64_t n = 0; n < item.num_blocks; ++n) {
-    const BFloat16* next = ahead(item.num_blocks + n + PAGES_AHEAD);
-    for (int64_t j = 0; j < s.block; j += TILE_ROWS) {
-      const int64_t key = lead + n * s.block + j;
-      pack_values(item.page(values, n) + j * s.width, s.width, item.first_key - first - key, item.end_key - first - key,
-                  next + j * s.width, packed + key * s.width);
+  const auto pack = [&](int64_t begin) {
+    for (int64_t key = begin; key < begin + PAIR_DEPTH; key += TILE_ROWS) {
+      BFloat16* to = packed + key * s.width;
+      const int64_t place = key - lead, n = place / s.block;
+      if (place < 0 || key >= end_used) std::fill_n(to, TILE_ROWS * s.width, BFloat16(0.0f));
+      else pack_values(item.page(values, n) + place % s.block * s.width, s.width, item.first_key - first - key,
+                       item.end_key - first - key, stream, to);
     }
-  }
-  std::fill(packed, packed + lead * s.width, BFloat16(0.0f));
-  std::fill(packed + end_used * s.width, packed + length * s.width, BFloat16(0.0f));
+  };
   alignas(64) float sums[TILE_ROWS * 64];
   for (int64_t r = 0; r < rows; r += TILE_ROWS)
     for (int64_t d = 0; d < s.width;) {
       const int64_t step = s.width - d >= 64 ? 64 : 32;
-      if (step == 64) weigh_on_unit<4>(weights + r * length, plane, length, packed + 2 * d, s.width, sums);
-      else weigh_on_unit<2>(weights + r * length, plane, length, packed + 2 * d, s.width, sums);
+      const bool is_first = r == 0 && d == 0;
+      const auto pack_first = [&](int64_t j) {
+        if (is_first) pack(j);
+      };
+      const auto ask = [&] {
+        if (is_first) stream.ask(s.width * 8 / step);
+      };
+      if (step == 64) weigh_on_unit<4>(weights + r * length, plane, length, packed + 2 * d, s.width, sums, pack_first, ask);
+      else weigh_on_unit<2>(weights + r * length, plane, length, packed + 2 * d, s.width, sums, pack_first, ask);
       for (int64_t i = r; i < std::min(r + TILE_ROWS, num_queries); ++i) {
         float* to = item.result(out, i) + d;
         const Floats inverse = splat(1.0f / scratch.totals[i]);
