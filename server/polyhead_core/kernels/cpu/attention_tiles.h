@@ -61,9 +61,9 @@ class PageStream {
   PageStream(const Ahead& ahead, int64_t first, int64_t last, int64_t bytes)
       : ahead_(ahead), page_(first), last_(last), bytes_(bytes) {}
 
-  // `lines` divides those of a page.
+  // Fewer than a page's, which they divide.
   void ask(int64_t lines) {
-    if (next_ == end_) {
+    if (next_ >= end_) {
       if (page_ == last_) return;
       next_ = reinterpret_cast<const char*>(ahead_(page_++));
       end_ = next_ + bytes_;
@@ -78,7 +78,7 @@ class PageStream {
   const char *next_ = nullptr, *end_ = nullptr;
 };
 
-// 16 keys of a transposed block -> [width / 2, 16 keys, 2]. Asks meanwhile for half as many lines.
+// 16 keys of a transposed block -> [width / 2, 16 keys, 2]. Asks meanwhile for half as many lines; scoring asks for the others.
 template <typename Stream>
 inline void pack_keys(const BFloat16* keys, const AttentionShape& s, Stream& stream, BFloat16* to) {
   alignas(64) static constexpr uint16_t PAIRS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -98,7 +98,7 @@ inline void pack_keys(const BFloat16* keys, const AttentionShape& s, Stream& str
 }
 
 // 16 values [16, width] -> [8, width, 2]; those outside [begin, end) may hold anything, a NaN too, and become zeros.
-// Asks meanwhile for half as many lines.
+// Asks meanwhile for half as many lines; weighing asks for the others.
 template <typename Stream>
 inline void pack_values(const BFloat16* values, int64_t width, int64_t begin, int64_t end, Stream& stream, BFloat16* to) {
   for (int64_t j = 0; j < TILE_ROWS; j += 2, to += 2 * width) {
@@ -227,7 +227,7 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
       const BFloat16* tile_queries = queries + r * QUERY_PARTS * s.width;
       float* to = scores + r * length + lead + set * TILE_ROWS;
       const auto ask = [&] {
-        if (r == 0) stream.ask(8);
+        if (r == 0) stream.ask(8);  // half of 16 keys' in 32 d
       };
       if (count == 3) score_keys<3>(tile_queries, scratch.keys.data(), s.width, to, length, ask);
       else if (count == 2) score_keys<2>(tile_queries, scratch.keys.data(), s.width, to, length, ask);
@@ -261,7 +261,7 @@ void attend_on_unit(const AttentionItem& item, const BFloat16* keys, const BFloa
         if (is_first) pack(j);
       };
       const auto ask = [&] {
-        if (is_first) stream.ask(s.width * 8 / step);
+        if (is_first) stream.ask(s.width * 8 / step);  // half of 32 values', in step / 16 times
       };
       if (step == 64) weigh_on_unit<4>(weights + r * length, plane, length, packed + 2 * d, s.width, sums, pack_first, ask);
       else weigh_on_unit<2>(weights + r * length, plane, length, packed + 2 * d, s.width, sums, pack_first, ask);

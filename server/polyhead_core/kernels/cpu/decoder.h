@@ -170,7 +170,8 @@ struct DecoderStack : torch::CustomClassHolder {
         Counter* of_layer = counters.data();
         for (int64_t index = first; index < last; ++index)
           for (const Rows& block : blocks) {
-            run_layer(layers[index], layers[(index + 1) % layers.size()], block, weights, {of_layer, threads}, scratch, attention, member, clock);
+            run_layer(layers[index], layers[(index + 1) % layers.size()], block, weights, {of_layer, threads}, scratch,
+                      attention, member, clock);
             of_layer += LayerCounters::size(threads);
           }
         if (member.rank == 0)
@@ -264,7 +265,8 @@ struct DecoderStack : torch::CustomClassHolder {
     for (int64_t r = begin; r < end; ++r) norm_row(layer.input_norm, *layer.qkv.linear, x, r, scratch);
     member.wait();
     clock.lap(0);
-    const Deltas at_qkv = product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
+    const Deltas at_qkv =
+        product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) {
@@ -284,7 +286,8 @@ struct DecoderStack : torch::CustomClassHolder {
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
     member.wait();
     clock.lap(4);
-    const Deltas at_output = product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member);
+    const Deltas at_output =
+        product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member);
     clock.lap(5);
     for (int64_t r = begin; r < end; ++r) {
       at_output.add_to(x, r);
