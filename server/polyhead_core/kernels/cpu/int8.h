@@ -422,13 +422,14 @@ inline void for_each_part(const PackedLinear& linear, int64_t panel, const Part&
   }
 }
 
-// y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o] for `rows` rows from r on: of each of `PARTS`, `products`
-// holds the sums of MOST rows. Calls between() before each row.
-template <int PARTS, int MOST, typename Between>
-inline void put_parts(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
-                      int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
+// y[r, o] (+)= (s0 sum0 + s1 sum1 + s2 sum2) scale[o] + bias[o] for `rows` rows from r on: of each part, `products` holds
+// the sums of MOST rows. Calls between() before each row.
+template <int MOST, typename Between>
+inline void put(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
+                int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
   constexpr int64_t FLOATS = PANEL / WIDTH;  // vectors of floats in a panel
   const int64_t width = std::min(PANEL, linear.out - panel * PANEL);
+  const int parts = linear.tail ? 3 : 1;
   Floats scale[FLOATS], bias[FLOATS];
   for (int64_t v = 0; v < FLOATS; ++v) {
     scale[v] = load(linear.scale_of(panel) + v * WIDTH);
@@ -446,8 +447,7 @@ inline void put_parts(const PackedLinear& linear, const QuantizedRows& x, const 
         return to_floats(products[part][row] + v * WIDTH, BIASED_WEIGHTS ? 128 * sums[part] : 0);
       };
       total[v] = times(sum(0), splat(scales[0]));
-#pragma GCC unroll 2
-      for (int part = 1; part < PARTS; ++part) total[v] = plus(total[v], times(sum(part), splat(scales[part])));
+      for (int part = 1; part < parts; ++part) total[v] = plus(total[v], times(sum(part), splat(scales[part])));
       total[v] = plus(times(total[v], scale[v]), bias[v]);
     }
 #pragma GCC unroll 8
@@ -461,13 +461,6 @@ inline void put_parts(const PackedLinear& linear, const QuantizedRows& x, const 
       }
     }
   }
-}
-
-template <int MOST, typename Between>
-inline void put(const PackedLinear& linear, const QuantizedRows& x, const int32_t (*products)[MOST][PANEL], int64_t r,
-                int64_t rows, int64_t panel, float* y, int64_t y_stride, bool accumulate, const Between& between) {
-  if (linear.tail) put_parts<3>(linear, x, products, r, rows, panel, y, y_stride, accumulate, between);
-  else put_parts<1>(linear, x, products, r, rows, panel, y, y_stride, accumulate, between);
 }
 
 // `ROWS` rows from r on, times one panel.
