@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from polyhead_server.service.status import to_status
 _log = logging.getLogger(__name__)
 
 _PACKAGE_PREFIX = "/polyhead.v1."
+_CLIENT_GONE_S = 1.0
+"""Within which gRPC cancels the call of a client to which a write failed because it had gone."""
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
 
@@ -68,6 +71,9 @@ def _guarded(inner: Handler, method: str) -> Handler:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            if isinstance(error, grpc.aio.InternalError) and not context.done():
+                # A write fails when the client has gone; gRPC may see that a moment later, and cancels this call.
+                await asyncio.sleep(_CLIENT_GONE_S)
             if context.done():
                 # Writing to a client that has gone raises whatever gRPC finds fit.
                 _log.debug("%s: the client had gone: %s", method, error)
