@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -58,7 +57,6 @@ def reload_peft(backbone: Backbone, directory: Path) -> PeftModel:
         model = PeftModel.from_pretrained(backbone.model, str(directory))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise AdapterMismatch(f"peft cannot put {directory} on {backbone.source!r}: {error}") from error
-    follow_virtual_tokens(backbone.model)
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.forget_packed()  # it may hold a bias that the adapter replaces
@@ -71,7 +69,6 @@ def wrap(backbone: Backbone, config: PeftConfig, warm_start: Path | None = None)
         model = get_peft_model(backbone.model, config)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"peft refuses the [adapter] settings on this backbone: {error}") from error
-    follow_virtual_tokens(backbone.model)
     model.peft_config["default"].base_model_name_or_path = HUB_NAMES.get(backbone.source, backbone.source)
     if warm_start is not None:
         _start_from(cast(PeftModel, model), warm_start, backbone)
@@ -108,16 +105,3 @@ def check_same_tensors(directory: Path, given: dict[str, Tensor], wanted: dict[s
                 f"{directory}: {name} is {list(given[name].shape)}, where the settings make it "
                 f"{list(tensor.shape)}; {HINT}"
             )
-
-
-def follow_virtual_tokens(model: nn.Module) -> None:
-    """Lets callers choose the positions of their own tokens (`logits_to_keep` as a mask [B, T]) whatever peft puts in
-    front of them: embeddings lengthen the sequence on its way to the backbone."""
-
-    def widen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask, embeds = kwargs.get("logits_to_keep"), kwargs.get("inputs_embeds")
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool and embeds is not None:
-            kwargs = {**kwargs, "logits_to_keep": nn.functional.pad(mask, (embeds.shape[1] - mask.shape[1], 0))}
-        return args, kwargs
-
-    model.register_forward_pre_hook(widen, with_kwargs=True)

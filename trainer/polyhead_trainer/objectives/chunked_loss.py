@@ -15,13 +15,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from polyhead_trainer.batching import Batch
-from polyhead_trainer.objectives.label_logits import label_logits, model_inputs
+from polyhead_trainer.objectives.label_logits import label_logits, run_to_labels, whole_model
 
 Found = TypeVar("Found")
 
@@ -82,7 +81,7 @@ def _halves(model: nn.Module, batch: Batch) -> tuple[nn.Module, Tensor, Callable
     The model's own forward computes both halves, so that what an architecture does to its logits (scaling, soft
     capping) and what an adapter does to the head is done here as well.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = whole_model(model)
     head: nn.Module = causal_lm.get_output_embeddings()
 
     def logits_of(hidden_CH: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def _rows_before_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor
         return hidden[..., :1]
 
     with forward_replaced(head, take):
-        model(**model_inputs(batch))
+        run_to_labels(model, batch)
     (hidden,) = taken
     return hidden.reshape(-1, hidden.shape[-1])
 

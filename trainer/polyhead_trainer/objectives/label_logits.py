@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from polyhead_trainer.batching import Batch
@@ -13,18 +16,39 @@ from polyhead_trainer.batching import Batch
 def label_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [N, vocabulary] in float32 at the N positions that predict a label.
 
-    transformers gathers these positions before the LM head when `logits_to_keep` is a boolean mask: with short answers
-    to long prompts most of the head's work and memory is saved, and the model's own forward stays in charge.
-
-    A packed row is for models that `packing.prepare_packing` has made ready.
+    With short answers to long prompts most of the LM head's work and memory is saved, and the model's own forward stays
+    in charge. A packed row is for models that `packing.prepare_packing` has made ready.
     """
-    return cast(Tensor, model(**model_inputs(batch)).logits).float()
+    return cast(Tensor, run_to_labels(model, batch).logits).float()
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a causal language model is called with for the logits at the label positions."""
+def run_to_labels(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns for the batch when its LM head is given the N label positions alone, [N, hidden size].
+
+    They are chosen here: of the releases of transformers that this runs on, the older ones know no mask for it.
+    """
     places = _packed_places(batch) if batch.example_lengths else {"attention_mask": batch.attention_mask_BT}
-    return {"input_ids": batch.token_ids_BT, "use_cache": False, "logits_to_keep": batch.predicts_BT, **places}
+    with _chosen_before_head(whole_model(model).get_output_embeddings(), batch.predicts_BT):
+        return model(input_ids=batch.token_ids_BT, use_cache=False, **places)
+
+
+def whole_model(model: nn.Module) -> Any:
+    """transformers' own model, which peft's may stand around."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def _chosen_before_head(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
+    def choose(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        (hidden,) = args
+        # Virtual tokens that an adapter puts in front of the batch's own predict no label.
+        return hidden[nn.functional.pad(chosen_BT, (hidden.shape[1] - chosen_BT.shape[1], 0))]
+
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _packed_places(batch: Batch) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
@@ -27,6 +26,7 @@ from polyhead_trainer.evaluate import Measures, answer_scores, by_length, comput
 from polyhead_trainer.methods import Tuned, reload_adapter
 from polyhead_trainer.methods.full import is_whole_model, load_whole_model
 from polyhead_trainer.objectives.chunked_loss import chunk_rows, forward_replaced, in_chunks
+from polyhead_trainer.objectives.label_logits import whole_model
 from polyhead_trainer.tokens import padding_id
 
 IGNORED = -100
@@ -84,7 +84,7 @@ class Seq2SeqObjective:
 
 def chunked_seq2seq_loss_sum(model: nn.Module, batch: Seq2SeqBatch, chunk_rows: int) -> Tensor:
     """As objectives.chunked_loss: the model's own forward computes both halves, [C, vocabulary] logits at a time."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole = whole_model(model)
     head, decoder = whole.get_output_embeddings(), whole.get_decoder()
     is_label_BT = batch.labels_BT != IGNORED
     hidden_NH = _decoded(model, whole, batch)[is_label_BT]
