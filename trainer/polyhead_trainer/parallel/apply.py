@@ -27,6 +27,7 @@ from polyhead_core.int8 import Int8Linear
 from polyhead_trainer.backbones import BY_BITSANDBYTES
 from polyhead_trainer.config import ParallelSection, RunConfig
 from polyhead_trainer.decoder_layers import transformer_layers
+from polyhead_trainer.parallel.integer_shards import integers_shardable
 from polyhead_trainer.parallel.ranks import Ranks
 
 NOT_ON_SHARDS = {
@@ -121,10 +122,11 @@ def _shard(model: nn.Module, settings: ParallelSection, ranks: Ranks) -> None:
             # A packed copy of every layer would be the whole model again, and outlive the gathered weight it is of.
             module.keeps_packed = False
             module.forget_packed()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     outermost = dataclasses.replace(policy, output_dtype=_dtype(settings.output_dtype))
-    fully_shard(model, mesh=mesh, mp_policy=outermost, offload_policy=offload)
+    with integers_shardable():
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(model, mesh=mesh, mp_policy=outermost, offload_policy=offload)
     if hasattr(model, "generate"):
         # peft's generate goes past the root's own forward, whose hooks gather the embedding and the head.
         register_fsdp_forward_method(model, "generate")
