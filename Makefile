@@ -1,5 +1,5 @@
 # make demo: train two adapters, serve them from one int8 backbone, ask each by name.   make test: all checks.
-.PHONY: setup demo test lint unit interpreter test-slow test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu bench-gpu-training proto clean
+.PHONY: setup demo test lint unit interpreter test-slow test-oldest test-trainer test-gpu bench bench-serving bench-perplexity bench-cost bench-roofline bench-training bench-gpu bench-gpu-training proto clean
 BIN := .venv/bin
 
 setup:
@@ -16,8 +16,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+UNIT := -m pytest -m "not slow and not gpu and not trainer" -n logical --maxprocesses 4 --dist loadfile
+
 unit: setup interpreter
-	$(BIN)/python -m pytest -m "not slow and not gpu and not trainer" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python $(UNIT)
 
 # CUDA builds of torch bring triton; elsewhere its interpreter runs the CUDA kernels in the tests.
 interpreter: setup
@@ -26,6 +28,17 @@ interpreter: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The oldest torch and transformers that pyproject.toml allows, and a numpy that the interpreter of that torch's Triton
+# can use; torch comes with CUDA's libraries, 2.5 GB. PYTHON chooses the interpreter, as everywhere.
+OLDEST := .venv-oldest
+
+test-oldest:
+	[ -x $(OLDEST)/bin/python ] || $${PYTHON:-python3} -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0
+	VENV=$(OLDEST) .ci/setup
+	$(OLDEST)/bin/python -m pip install --quiet transformers==5.17.0 'numpy<2.4'
+	$(OLDEST)/bin/python $(UNIT)
 
 test-trainer: setup
 	$(BIN)/python -m pytest -m trainer -s tests/trainer_runs
@@ -66,4 +79,4 @@ proto: setup
 		proto/polyhead_proto/v1/*.proto
 
 clean:
-	rm -rf .venv build dist runs results .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(OLDEST) build dist runs results .mypy_cache .ruff_cache .pytest_cache

@@ -198,7 +198,7 @@ def test_the_metrics_file_says_what_was_done(tmp_path: Path) -> None:
     assert len(record["data"]["sha256"]) == 64
     assert [step["step"] for step in record["curve"]] == [1, 2, 3]
     assert record["backbone"]["fingerprint"] == result.record.backbone.fingerprint
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     for moment in ("before", "after"):
         assert record[moment]["general_perplexity"] > 1
         assert len(record[moment]["answers"]) == 3

@@ -41,8 +41,11 @@ def save_gguf(
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer().get_vocab(), key=lambda token: tokenizer().get_vocab()[token])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokens, "ab", *(f"<extra{n}>" for n in range(config.vocab_size - len(tokens) - 1))])
-    writer.add_token_merges(["a b"])
+    # Two merges: transformers 5.17 reads an array of one as what it holds.
+    merged = ["ab", "abc"]
+    extra = [f"<extra{n}>" for n in range(config.vocab_size - len(tokens) - len(merged))]
+    writer.add_token_list([*tokens, *merged, *extra])
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in (keys or {}).items():
