@@ -1,8 +1,9 @@
 """`make bench`: our engine against llama.cpp, vLLM and peft on the same cores, and against itself without adapters.
 
 Every case alternates the two sides, the same prompts to both within one repeat, each system in a process of its own
-that is held still while another is measured. Decode: greedy, steps in which all rows run. Peers are installed once,
-into environments of their own (`peers/install.py`); one that cannot run is reported as not measured, with the reason.
+that is held still while another is measured; what registered adapters cost is asked of one process, with them and
+without. Decode: greedy, steps in which all rows run. Peers are installed once, into environments of their own
+(`peers/install.py`); one that cannot run is reported as not measured, with the reason.
     python benchmarks/cpu_table.py [--quick] [--cases decode-1 rank16-vllm] [--out benchmarks/results/cpu_table.json]
 """
 
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from machine import machine_facts, say_if_busy
 from peers.cases import CASES, PEER_TITLES, Case
 from peers.process import PeerFailed, Worker
 from peers.report import print_report
-from peers.systems import ADAPTERS_OF, Setup, backbone_directory, start
+from peers.systems import ADAPTERS_OF, REGISTERED, Setup, backbone_directory, start, worker_of
 from transformers import AutoTokenizer
 
 Row = dict[str, Any]
@@ -37,7 +39,7 @@ MEASURE_TIMEOUT_S = 1200.0
 
 
 class Systems:
-    """Workers by name, started when first asked for; one that failed keeps failing with the same reason."""
+    """Started when first asked for; one that failed keeps failing with the same reason."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -45,13 +47,15 @@ class Systems:
         self._workers: dict[str, Worker] = {}
         self._failures: dict[str, PeerFailed] = {}
         self.facts: dict[str, Row] = {}
+        """Of each worker."""
 
     @property
     def vocab_size(self) -> int:
         return len(self._tokenizer)
 
-    def get(self, name: str) -> Worker:
+    def get(self, system: str) -> Worker:
         """Raises PeerFailed."""
+        name = worker_of(system)
         if name in self._failures:
             raise self._failures[name]
         if name not in self._workers:
@@ -64,8 +68,8 @@ class Systems:
                 raise
         return self._workers[name]
 
-    def keep_only(self, names: set[str]) -> None:
-        for name in set(self._workers) - names:
+    def keep_only(self, systems: set[str]) -> None:
+        for name in set(self._workers) - set(map(worker_of, systems)):
             self._workers.pop(name).close()
 
     def _sanity(self, worker: Worker) -> Row:
@@ -155,36 +159,46 @@ def _measure_or_say_why_not(case: Case, systems: Systems, options: argparse.Name
 def _measure(case: Case, ours: Worker, peer: Worker, vocab_size: int, options: argparse.Namespace) -> Row:
     """Warms both sides up, then A B A B, every other pair in reverse order, against drift."""
     repeats = options.slow_repeats if case.peer in ("vllm", "peft") else options.repeats
-    sides = ((ours, case.our_adapters), (peer, case.peer_adapters))
+    sides = (_Side(case.ours, ours, case.our_adapters), _Side(case.peer, peer, case.peer_adapters))
     warm_up = case.warm_up()
     prompts = warm_up.prompts(options.seed, -1, vocab_size)
-    configurations = {
-        worker.name: _ask(warm_up, worker, prompts, with_adapters).get("configuration")
-        for worker, with_adapters in sides
-    }
-    rates: dict[str, list[float]] = {ours.name: [], peer.name: []}
+    configurations = {side.system: _ask(warm_up, side, prompts).get("configuration") for side in sides}
+    rates: dict[str, list[float]] = {side.system: [] for side in sides}
     for repeat in range(repeats):
         prompts = case.prompts(options.seed, repeat, vocab_size)
-        for worker, with_adapters in sides if repeat % 2 == 0 else sides[::-1]:
-            reply = _ask(case, worker, prompts, with_adapters)
-            rates[worker.name].append(reply["tokens"] / reply["seconds"])
+        for side in sides if repeat % 2 == 0 else sides[::-1]:
+            reply = _ask(case, side, prompts)
+            rates[side.system].append(reply["tokens"] / reply["seconds"])
         say(f"{case.key}, repeat {repeat}: " + ", ".join(f"{name} {each[-1]:.1f}" for name, each in rates.items()))
-    pairs = zip(rates[ours.name], rates[peer.name], strict=True)
+    pairs = zip(rates[case.ours], rates[case.peer], strict=True)
     return {
-        "ours": _summary(rates[ours.name]),
-        "theirs": _summary(rates[peer.name]),
+        "ours": _summary(rates[case.ours]),
+        "theirs": _summary(rates[case.peer]),
         "ratio": _summary([one / other for one, other in pairs]),
-        "systems": [ours.name, peer.name],
+        "systems": [case.ours, case.peer],
         "prompt_tokens": case.prompt_tokens,
         "steps": case.steps if case.work == "decode" else None,
         "configurations": {name: found for name, found in configurations.items() if found},
     }
 
 
-def _ask(case: Case, worker: Worker, prompts: list[list[int]], with_adapters: bool) -> Row:
+@dataclass(frozen=True)
+class _Side:
+    """One of the two that a case compares."""
+
+    system: str
+    worker: Worker
+    with_adapters: bool
+    """Whether its rows have adapters."""
+
+
+def _ask(case: Case, side: _Side, prompts: list[list[int]]) -> Row:
+    worker = side.worker
+    if side.system in REGISTERED:
+        worker.ask("register", MEASURE_TIMEOUT_S, adapters=REGISTERED[side.system])
     if case.work == "prefill":
         return worker.ask("prefill", MEASURE_TIMEOUT_S, prompts=prompts)
-    adapters = ADAPTERS_OF[worker.name].names[: case.rows] if with_adapters else [None] * case.rows
+    adapters = ADAPTERS_OF[side.system].names[: case.rows] if side.with_adapters else [None] * case.rows
     return worker.ask("decode", MEASURE_TIMEOUT_S, prompts=prompts, adapters=adapters, steps=case.steps)
 
 

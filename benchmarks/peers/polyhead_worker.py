@@ -60,14 +60,35 @@ class Polyhead:
         self._store.start()
         self._store.refresh()
         self._engine.start()
-        for name in warm_adapters:
-            load_adapter(self._store, name)
+        self._folder = Path(config.adapters)
+        self._warm_adapters = warm_adapters
+        self._num_adapters = len(self._store.list())
+        self._load_warm()
         self._ids = itertools.count()
-        registered = {"registered_adapters": len(self._store.list()), "loaded_adapters": len(warm_adapters)}
+        registered = {"registered_adapters": self._num_adapters, "loaded_adapters": len(warm_adapters)}
         return {
             "versions": {"torch": torch.__version__},
             "settings": {**settings, **registered, "threads": config.num_threads or torch.get_num_threads()},
         }
+
+    def register(self, adapters: bool) -> Reply:
+        """All adapters of the folder, or none of them: it is put aside."""
+        aside = self._folder.with_name(self._folder.name + ".aside")
+        if adapters and aside.exists():
+            aside.rename(self._folder)
+        elif not adapters and self._folder.exists():
+            self._folder.rename(aside)
+        self._store.refresh()
+        registered = len(self._store.list())
+        if registered != (self._num_adapters if adapters else 0):
+            raise RuntimeError(f"{registered} adapters are registered")
+        if adapters:
+            self._load_warm()
+        return {"registered_adapters": registered}
+
+    def _load_warm(self) -> None:
+        for name in self._warm_adapters:
+            load_adapter(self._store, name)
 
     def decode(self, prompts: list[list[int]], adapters: list[str | None], steps: int) -> Reply:
         rows = self._generate(prompts, adapters, steps + MARGIN_TOKENS)
@@ -112,5 +133,6 @@ class Polyhead:
 
 if __name__ == "__main__":
     system = Polyhead()
-    serve({"load": system.load, "decode": system.decode, "prefill": system.prefill, "say": system.say})
+    names = ("load", "register", "decode", "prefill", "say")
+    serve({name: getattr(system, name) for name in names})
     system.close()

@@ -5,6 +5,7 @@ Commands, the same for every system; token ids are the backbone's, an adapter is
 | command | arguments | reply |
 |---|---|---|
 | `load` | the system's own | `{"versions": {...}, "settings": {...}}` |
+| `register` | `adapters`: all, or none (Polyhead alone) | `{"registered_adapters": n}` |
 | `decode` | `prompts`, `adapters`, `steps` | `{"tokens": n, "seconds": s}`: greedy steps in which every row runs |
 | `prefill` | `prompts` | `{"tokens": n, "seconds": s}`: one after the other, each until its first token is known |
 | `say` | `prompt`, `tokens`, `adapter` | `{"token_ids": [...]}`: one greedy answer |

@@ -24,6 +24,9 @@ THOUSAND = AdapterSet(name="thousand", rank=8, targets=("q_proj", "v_proj"), cou
 ADAPTERS_OF = {"rank16": RANK_16, "rank8qv": RANK_8_QV, "thousand": THOUSAND, "vllm": RANK_16, "peft": RANK_16}
 """Systems that have adapters; the others have none."""
 LOADED_OF_THOUSAND = 32
+REGISTERED = {"thousand": True, "emptied": False}
+"""Two systems in one process, by whether its adapters are registered while it is measured. Two processes of the same
+kind differ by up to a fifth, by their luck with memory, where the question is about a hundredth."""
 
 _FOREIGN_PYTHON = {"PYTHONPATH": "", "PYTHONHOME": "", "VIRTUAL_ENV": ""}
 """A peer's Python must not find this project's packages."""
@@ -54,6 +57,11 @@ class Setup:
 
 def backbone_directory() -> Path:
     return resolve_source(source.DEFAULT_SOURCE, default_cache_dir())
+
+
+def worker_of(name: str) -> str:
+    """The name of the worker that the system runs in."""
+    return "thousand" if name in REGISTERED else name
 
 
 def start(name: str, setup: Setup) -> Worker:
