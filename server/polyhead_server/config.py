@@ -64,7 +64,7 @@ class ServerConfig:
     adapter_dtype: str = "auto"
     """Type of adapter weights in the pool: `float32`, `bfloat16`; auto: float32 where the backbone's weights are."""
     adapter_scan_interval_s: float = 1.0
-    """How often the adapters folder is looked at; less often where that would take more than 1 % of the time."""
+    """How often the adapters folder is looked at; less often where that would take more than 0.25 % of the time."""
     max_adapter_wait_s: float = 2.0
     """Once a request has waited this long for room in the adapter pool, later ones are held back until it is in."""
     drain_timeout_s: float = 30.0

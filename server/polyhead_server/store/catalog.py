@@ -30,7 +30,7 @@ PASSING_RETRY_S = 10.0
 COMPARED_NAMES = 100
 """In search of the nearest to a mistaken one."""
 
-SCAN_SHARE = 0.01
+SCAN_SHARE = 0.0025
 """Of the time, at most, for looking whether files have changed: it is taken from the engine."""
 
 Signature = tuple[tuple[int, ...] | None, ...]
