@@ -6,8 +6,8 @@ stand together and one key/value head; it goes through the tokens' runs of one s
 with a softmax of its own, which are merged in order; so it changes no bit whether one program goes through all segments
 or each is a program of its own (flash decoding, Dao et al. 2023), nor what else is in the tile.
 
-torch's `varlen_attn`, which takes a block table from torch 2.13 on, is not used: it knows no soft cap, and keeps a row's
-bits apart from its batch only without split keys, when few rows leave most of the device idle.
+torch's `varlen_attn`, which takes a block table from torch 2.13 on, is not used: it knows no soft cap, and keeps a
+row's bits apart from its batch only without split keys, when few rows leave most of the device idle.
 """
 
 from __future__ import annotations
