@@ -19,14 +19,13 @@ _SAME = ("cpu", "isa", "cores", "device")
 
 
 def last_result(benchmark: str, machine: Row, kind: Sequence[str] = CPU_KIND) -> Row | None:
-    """Of the benchmark's committed results one of a machine of the same `kind`, or any; None: there is none.
+    """Of the committed results that of this very processor, else of the same `kind`, else any; None: there is none.
 
     To be asked for before anything is written: --out may name the very same file.
     """
     files = [*LAST_RESULTS.glob(f"{benchmark}.json"), *sorted(LAST_RESULTS.glob(f"{benchmark}_*.json"))]
     results: list[Row] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    alike = [one for one in results if all(one["machine"].get(key) == machine.get(key) for key in kind)]
-    return next(iter(alike + results), None)
+    return max(results, key=lambda one: _alike(one, machine, kind) + _alike(one, machine, _SAME), default=None)
 
 
 def print_origin(last: Row | None, machine: Row) -> None:
@@ -34,7 +33,11 @@ def print_origin(last: Row | None, machine: Row) -> None:
         print("\nno result of this benchmark is committed yet: nothing to compare with")
         return
     there = last["machine"]
-    same = all(there.get(key) == machine.get(key) for key in _SAME)
     name = there.get("device") or there["cpu"]
+    same = _alike(last, machine, _SAME)
     where = "this kind of machine" if same else f"another machine ({name}, {there['cores']} cores)"
     print(f"\nlast committed result: commit {there['commit'][:12]}, seed {last['options']['seed']}, {where}")
+
+
+def _alike(result: Row, machine: Row, facts: Sequence[str]) -> bool:
+    return all(result["machine"].get(fact) == machine.get(fact) for fact in facts)

@@ -44,6 +44,13 @@ def test_a_machine_of_the_same_kind_comes_first(last_results: Any, tmp_path: Pat
     assert last_results.last_result("gpu_kernels", machine(), last_results.GPU_KIND) is None
 
 
+def test_the_same_processor_comes_before_others_of_its_kind(last_results: Any, tmp_path: Path) -> None:
+    commit(tmp_path, "cpu_table_a.json", cpu="another processor")
+    commit(tmp_path, "cpu_table_b.json")
+    for cpu in ("a processor", "another processor"):
+        assert last_results.last_result("cpu_table", machine(cpu=cpu))["machine"]["cpu"] == cpu
+
+
 def test_it_says_where_the_last_result_comes_from(
     last_results: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
