@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.torch_version import TorchVersion
 
 
@@ -20,7 +20,8 @@ def integers_shardable() -> Iterator[None]:
     if torch.__version__ >= TorchVersion("2.12"):
         yield
         return
-    module: Any = _fsdp_param
+    # A private module, which no later torch is asked for.
+    module: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
     module.nn = SimpleNamespace(Module=nn.Module, Parameter=_parameter)
     try:
         yield
