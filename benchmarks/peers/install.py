@@ -41,17 +41,22 @@ class Recipe:
     built_for_this_cpu: bool = False
 
 
+def _cpu_flags() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+# With AMX, llama.cpp dies of an illegal instruction unless dead stores are kept: gcc drops those of the tile
+# configuration (llama.cpp's pull request 26954).
+_KEEP_DEAD_STORES = " -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" if "amx_tile" in _cpu_flags() else ""
+
 LLAMACPP = Recipe(
     requirement="llama-cpp-python==0.3.36",
     # pip's cache of built wheels asks neither for the flags nor for the processor that they were built with.
     arguments=("--no-binary", "llama-cpp-python", "--no-cache-dir"),
     # Everything that llama.cpp has for this very processor; its server and image parts are not asked for.
-    # On a processor with AMX it dies of an illegal instruction unless dead stores are kept: gcc drops those of the tile
-    # configuration (llama.cpp's pull request 26954).
-    build={
-        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF"
-        " -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"
-    },
+    build={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" + _KEEP_DEAD_STORES},
     needs=("cmake", "g++"),
     built_for_this_cpu=True,
 )
@@ -120,12 +125,6 @@ def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     if done.returncode != 0:
         end = " | ".join((done.stderr or done.stdout).strip().splitlines()[-4:])
         raise PeerFailed(f"`{' '.join(command[:6])} ...` ended with code {done.returncode}: {end}")
-
-
-def _cpu_flags() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def main() -> None:
