@@ -15,7 +15,7 @@ from rich.console import Console
 from test_trainer_methods import CASES, case_configuration
 from test_trainer_run import configuration, run_quietly
 from test_trainer_seq2seq import seq2seq_configuration
-from test_trainer_together import COLOURS, SIZES, write_data, write_run
+from together_runs import COLOURS, SIZES, write_data, write_run
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
