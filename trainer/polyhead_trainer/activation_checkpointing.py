@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import Cache
 
 from polyhead_trainer.config import TrainingSection
 from polyhead_trainer.decoder_layers import require_transformer_layers, wrapped_forwards
@@ -66,9 +67,12 @@ def _selective_contexts() -> Any:
 def _with_own_cache(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A learned prefix comes as a KV cache, and a layer adds its keys to the cache that it is given: a second
     computation must find it as the first one did. (transformers' own checkpointing drops the cache, prefix and all.)"""
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
-        fresh = copy.copy(cache)
-        fresh.layers = [copy.copy(layer) for layer in cache.layers]
-        kwargs["past_key_values"] = fresh
-    return forward(*args, **kwargs)
+    # By its type: the argument's name differs between versions (`past_key_values`, `cache` since 5.24).
+    own = {name: _copied(value) if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    return forward(*args, **own)
+
+
+def _copied(cache: Cache) -> Cache:
+    fresh = copy.copy(cache)
+    fresh.layers = [copy.copy(layer) for layer in cache.layers]
+    return fresh
