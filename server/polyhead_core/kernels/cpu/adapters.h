@@ -209,15 +209,16 @@ class Deltas {
 
   // y [rows, stride] += the values of one row.
   void add_to(float* y, int64_t row) const {
-    const int64_t group = empty() ? -1 : rows_.group_of[row];
-    if (group < 0) return;
     for (const SitePart& part : parts_) {
-      if (!acts(rows_, part, group)) continue;
-      const float* from = values_ + row * stride_ + part.column;
+      const float* from = of(row, part);
+      if (!from) continue;
       float* to = y + row * stride_ + part.column;
       for (int64_t o = 0; o < part.width; ++o) to[o] += from[o];
     }
   }
+
+  // What one row gets at its n-th part; nullptr: nothing.
+  const float* of(int64_t row, size_t n) const { return of(row, parts_[n]); }
 
  private:
   // Of an item, at most: threads share what many rows of one adapter cost, and a wide site, each with an h of its own.
@@ -229,6 +230,11 @@ class Deltas {
     const SitePart* part;
     int64_t begin, end, first, last;
   };
+
+  const float* of(int64_t row, const SitePart& part) const {
+    const int64_t group = empty() ? -1 : rows_.group_of[row];
+    return group >= 0 && acts(rows_, part, group) ? values_ + row * stride_ + part.column : nullptr;
+  }
 
   static std::vector<Item>& items_of_thread() {
     static thread_local std::vector<Item> items;  // which keeps its memory

@@ -165,13 +165,14 @@ struct DecoderStack : torch::CustomClassHolder {
       with_team(rows * hidden < 64, [&](const Member& member) {
         QuantizeScratch scratch;
         AttentionScratches attention;
+        NextWeights upcoming;
         PhaseClock clock(member.rank == 0);
         clock.start();
         Counter* of_layer = counters.data();
         for (int64_t index = first; index < last; ++index)
           for (const Rows& block : blocks) {
             run_layer(layers[index], layers[(index + 1) % layers.size()], block, weights, {of_layer, threads}, scratch,
-                      attention, member, clock);
+                      attention, member, upcoming, clock);
             of_layer += LayerCounters::size(threads);
           }
         if (member.rank == 0)
@@ -224,49 +225,53 @@ struct DecoderStack : torch::CustomClassHolder {
   }
 
   // y (+)= W x; `x` holds the float rows, `quantized` their int8 form. Returns what the adapters add, which is still to be
-  // added to each row by the member that goes on with it. `next`: the layer that is multiplied next.
+  // added to each row by the member that goes on with it. `next`: the layer that is multiplied next, whose weights
+  // `upcoming` then asks for.
   template <typename A>
   Deltas<A> product(const FusedLinear& one, const FusedLinear& next, const float* x, float* y, bool accumulate,
-                    const Rows& rows, const A* arena, const ProductCounters& counters, const Member& member) {
+                    const Rows& rows, const A* arena, const ProductCounters& counters, const Member& member,
+                    NextWeights& upcoming) {
     const PackedLinear &linear = *one.linear, &after = *next.linear;
+    const auto [next_first, next_last] = member.share(after.num_panels());
+    upcoming = NextWeights(after.panel(next_first), after.panel(next_last));
     const Deltas deltas(arena, rows.groups, one.parts, x, linear.in, delta_rows.data(), linear.out, false);
-    if (deltas.empty()) {
+    if (deltas.empty() && rows.count >= member.size) {
       const auto [first, last] = member.share(linear.num_panels());
-      multiply_panels(linear, quantized, rows.count, first, last, after.panel(member.share(after.num_panels()).first), y,
-                      linear.out, accumulate);
-      member.wait();
-      return deltas;
+      multiply_panels(linear, quantized, rows.count, first, last, after.panel(next_first), y, linear.out, accumulate);
+    } else {
+      const auto multiply = [&] {
+        for (int64_t n = 0; n < member.size; ++n) {
+          const int64_t owner = (member.rank + n) % member.size;
+          const auto [first, last] = Member{owner, member.size, nullptr}.share(linear.num_panels());
+          const int64_t some = std::max<int64_t>(1, (last - first) / 8);
+          for (int64_t begin; (begin = first + counters.panels[owner].take() * some) < last;)
+            multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last),
+                            begin + some < last ? linear.panel(begin + some) : after.panel(next_first), y, linear.out,
+                            accumulate);
+        }
+      };
+      // Adapters are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with
+      // the other, and goes on with what is left. Without adapters it is a member without a row that is ahead.
+      if (member.rank % 2) multiply();
+      deltas.compute(counters.deltas);
+      multiply();
     }
-    // Adapters are bound by memory, many rows' products by arithmetic: half of the team begins with the one, half with the
-    // other, and goes on with what is left.
-    const auto multiply = [&] {
-      for (int64_t n = 0; n < member.size; ++n) {
-        const int64_t owner = (member.rank + n) % member.size;
-        const auto [first, last] = Member{owner, member.size, nullptr}.share(linear.num_panels());
-        const int64_t some = std::max<int64_t>(1, (last - first) / 8);
-        for (int64_t begin; (begin = first + counters.panels[owner].take() * some) < last;)
-          multiply_panels(linear, quantized, rows.count, begin, std::min(begin + some, last), linear.panel(begin + some), y,
-                          linear.out, accumulate);
-      }
-    };
-    if (member.rank % 2) multiply();
-    deltas.compute(counters.deltas);
-    multiply();
-    member.wait();
+    member.wait([&] { return upcoming.ask(); });
     return deltas;
   }
 
   template <typename A>
   void run_layer(const DecoderLayer& layer, const DecoderLayer& next, const Rows& rows, const A* arena,
                  const LayerCounters& counters, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
-                 PhaseClock& clock) {
+                 NextWeights& upcoming, PhaseClock& clock) {
     float* x = rows.x;
+    const auto wait = [&] { member.wait([&] { return upcoming.ask(); }); };
     const auto [begin, end] = member.share(rows.count);
     for (int64_t r = begin; r < end; ++r) norm_row(layer.input_norm, *layer.qkv.linear, x, r, scratch);
-    member.wait();
+    wait();
     clock.lap(0);
-    const Deltas at_qkv =
-        product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena, counters.product(0), member);
+    const Deltas at_qkv = product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena,
+                                  counters.product(0), member, upcoming);
     clock.lap(1);
     layer.pages.with_data([&](const auto* keys, const auto* values) {
       for (int64_t r = begin; r < end; ++r) {
@@ -274,37 +279,35 @@ struct DecoderStack : torch::CustomClassHolder {
         rotate_and_write(layer, keys, values, rows, r);
       }
     });
-    member.wait();
+    wait();
     clock.lap(2);
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
     attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.sequences, rows.positions, rows.tiles, shape,
                  counters.attention(), attention, member, attended.data());
-    member.wait();
+    wait();
     clock.lap(3);
     for (int64_t r = begin; r < end; ++r)
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
-    member.wait();
+    wait();
     clock.lap(4);
     const Deltas at_output =
-        product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member);
+        product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member, upcoming);
     clock.lap(5);
     for (int64_t r = begin; r < end; ++r) {
       at_output.add_to(x, r);
       norm_row(layer.post_norm, *layer.gate_up.linear, x, r, scratch);
     }
-    member.wait();
+    wait();
     clock.lap(6);
-    const Deltas at_gate_up =
-        product(layer.gate_up, layer.down, normed.data(), gate_up_rows.data(), false, rows, arena, counters.product(2), member);
+    const Deltas at_gate_up = product(layer.gate_up, layer.down, normed.data(), gate_up_rows.data(), false, rows, arena,
+                                      counters.product(2), member, upcoming);
     clock.lap(7);
-    for (int64_t r = begin; r < end; ++r) {
-      at_gate_up.add_to(gate_up_rows.data(), r);
-      activate(layer, r, scratch);
-    }
-    member.wait();
+    for (int64_t r = begin; r < end; ++r) activate(layer, r, at_gate_up.of(r, 0), at_gate_up.of(r, 1), scratch);
+    wait();
     clock.lap(8);
-    const Deltas at_down = product(layer.down, next.qkv, activated.data(), x, true, rows, arena, counters.product(3), member);
+    const Deltas at_down =
+        product(layer.down, next.qkv, activated.data(), x, true, rows, arena, counters.product(3), member, upcoming);
     for (int64_t r = begin; r < end; ++r) at_down.add_to(x, r);
     clock.lap(9);
   }
@@ -315,23 +318,32 @@ struct DecoderStack : torch::CustomClassHolder {
     quantize(linear, to, scratch, quantized, r);
   }
 
-  void activate(const DecoderLayer& layer, int64_t r, QuantizeScratch& scratch) {
+  // `gate_delta`, `up_delta`: what adapters add; nullptr: nothing.
+  void activate(const DecoderLayer& layer, int64_t r, const float* gate_delta, const float* up_delta,
+                QuantizeScratch& scratch) {
     const int64_t inner = layer.down.linear->in;
     const float *gate = gate_up_rows.data() + r * 2 * inner, *up = gate + inner;
     float* to = activated.data() + r * inner;
     int64_t i = 0;
 #if defined(__AVX512F__) && defined(__AVX512BW__)
+    // Asks for the next row meanwhile: much of it lies in another core's caches.
+    const auto of_row = [&](const float* value, const float* delta) {
+      __builtin_prefetch(value + i + 2 * inner, 0, 2);
+      if (!delta) return load(value + i);
+      __builtin_prefetch(delta + i + 2 * inner, 0, 2);
+      return plus(load(value + i), load(delta + i));
+    };
     for (; i + WIDTH <= inner; i += WIDTH) {
-      const Floats x = load(gate + i);
+      const Floats x = of_row(gate, gate_delta);
       const Floats argument = activation == Activation::SILU
           ? x : times(times(splat(1.5957691216057308f), x), fma(times(splat(0.044715f), x), x, splat(1.0f)));
-      store(to + i, times(times(x, sigmoid(argument)), load(up + i)));
+      store(to + i, times(times(x, sigmoid(argument)), of_row(up, up_delta)));
     }
 #endif
-    if (activation == Activation::SILU)
-      for (; i < inner; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
-    else
-      for (; i < inner; ++i) to[i] = gelu_tanh(gate[i]) * up[i];
+    for (; i < inner; ++i) {
+      const float x = gate[i] + (gate_delta ? gate_delta[i] : 0.0f), y = up[i] + (up_delta ? up_delta[i] : 0.0f);
+      to[i] = activation == Activation::SILU ? x * sigmoid(x) * y : gelu_tanh(x) * y;
+    }
     quantize(*layer.down.linear, to, scratch, quantized, r);
   }
 

@@ -392,6 +392,25 @@ struct Ahead {
   int64_t step;
 };
 
+// Weights that a thread reads next, line by line, up to what leaves the second-level cache room: for where it would wait.
+class NextWeights {
+ public:
+  NextWeights() = default;
+  NextWeights(const int8_t* begin, const int8_t* end) : next_(begin), end_(std::min(end, begin + MOST_BYTES)) {}
+
+  // Of one line; whether any was left.
+  bool ask() {
+    if (next_ >= end_) return false;
+    __builtin_prefetch(next_, 0, 2);
+    next_ += LINE;
+    return true;
+  }
+
+ private:
+  static constexpr int64_t MOST_BYTES = 384 << 10;
+  const int8_t *next_ = nullptr, *end_ = nullptr;
+};
+
 // to = w times `ROWS` rows, as exact integers.
 template <int ROWS>
 inline void multiply(const int8_t* w, const int8_t* x, int64_t stride, int64_t depth, Ahead& ahead, int32_t (*to)[PANEL]) {

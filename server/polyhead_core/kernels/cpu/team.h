@@ -18,7 +18,9 @@ class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
 
-  void wait() {
+  // Calls idle() meanwhile, again and again; it returns whether it did anything.
+  template <typename Idle>
+  void wait(const Idle& idle) {
     if (size_ == 1) return;
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
@@ -28,8 +30,8 @@ class Barrier {
     }
     // A thread that we wait for may have lost its core to another process. Yielding early would hand it ours as well.
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < SPINS) pause();
-      else std::this_thread::yield();
+      if (spins >= SPINS) std::this_thread::yield();
+      else if (!idle()) pause();
     }
   }
 
@@ -51,7 +53,9 @@ struct Member {
   int64_t rank, size;
   Barrier* barrier;
 
-  void wait() const { barrier->wait(); }
+  void wait() const { barrier->wait([] { return false; }); }
+  template <typename Idle>
+  void wait(const Idle& idle) const { barrier->wait(idle); }
 
   // This member's share of `items`, in whole multiples of `unit`.
   std::pair<int64_t, int64_t> share(int64_t items, int64_t unit = 1) const {
