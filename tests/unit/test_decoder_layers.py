@@ -23,3 +23,21 @@ def test_layers_equal_the_reference(seed: int, transposed_keys: bool) -> None:
     stack = dispatch.decoder_stack(second.shape, CPU)
     assert stack is not None
     second.assert_same_as(first, second.by(stack), expected)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("num_threads", [2, 7])
+def test_the_number_of_threads_changes_no_bit(num_threads: int, adapters: bool) -> None:
+    """Seven are more than there are rows: then panels are shared as they are done."""
+    usual = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, num_threads):
+            torch.set_num_threads(number)
+            case = decoder_case(4, CPU, num_layers=2, adapters=adapters)
+            stack = dispatch.decoder_stack(case.shape, CPU)
+            assert stack is not None
+            results.append((case.by(stack), case.keys_and_values()))
+    finally:
+        torch.set_num_threads(usual)
+    assert all(map(torch.equal, *results))

@@ -256,7 +256,7 @@ struct DecoderStack : torch::CustomClassHolder {
       deltas.compute(counters.deltas);
       multiply();
     }
-    member.wait([&] { return upcoming.ask(); });
+    member.wait(upcoming);
     return deltas;
   }
 
@@ -265,10 +265,9 @@ struct DecoderStack : torch::CustomClassHolder {
                  const LayerCounters& counters, QuantizeScratch& scratch, AttentionScratches& attention, const Member& member,
                  NextWeights& upcoming, PhaseClock& clock) {
     float* x = rows.x;
-    const auto wait = [&] { member.wait([&] { return upcoming.ask(); }); };
     const auto [begin, end] = member.share(rows.count);
     for (int64_t r = begin; r < end; ++r) norm_row(layer.input_norm, *layer.qkv.linear, x, r, scratch);
-    wait();
+    member.wait(upcoming);
     clock.lap(0);
     const Deltas at_qkv = product(layer.qkv, layer.output, normed.data(), qkv_rows.data(), false, rows, arena,
                                   counters.product(0), member, upcoming);
@@ -279,17 +278,17 @@ struct DecoderStack : torch::CustomClassHolder {
         rotate_and_write(layer, keys, values, rows, r);
       }
     });
-    wait();
+    member.wait(upcoming);
     clock.lap(2);
     const AttentionShape shape{heads, kv_heads, width, layer.pages.keys.size(2), rows.max_blocks, layer.window,
                                layer.scale, layer.softcap, layer.pages.keys.stride(2) == 1 && width > 1};
     attend_tiles(layer.pages, qkv_rows.data(), layer.qkv.linear->out, rows.sequences, rows.positions, rows.tiles, shape,
                  counters.attention(), attention, member, attended.data());
-    wait();
+    member.wait(upcoming);
     clock.lap(3);
     for (int64_t r = begin; r < end; ++r)
       quantize(*layer.output.linear, attended.data() + r * heads * width, scratch, quantized, r);
-    wait();
+    member.wait(upcoming);
     clock.lap(4);
     const Deltas at_output =
         product(layer.output, layer.gate_up, attended.data(), x, true, rows, arena, counters.product(1), member, upcoming);
@@ -298,13 +297,13 @@ struct DecoderStack : torch::CustomClassHolder {
       at_output.add_to(x, r);
       norm_row(layer.post_norm, *layer.gate_up.linear, x, r, scratch);
     }
-    wait();
+    member.wait(upcoming);
     clock.lap(6);
     const Deltas at_gate_up = product(layer.gate_up, layer.down, normed.data(), gate_up_rows.data(), false, rows, arena,
                                       counters.product(2), member, upcoming);
     clock.lap(7);
     for (int64_t r = begin; r < end; ++r) activate(layer, r, at_gate_up.of(r, 0), at_gate_up.of(r, 1), scratch);
-    wait();
+    member.wait(upcoming);
     clock.lap(8);
     const Deltas at_down =
         product(layer.down, next.qkv, activated.data(), x, true, rows, arena, counters.product(3), member, upcoming);

@@ -398,8 +398,8 @@ class NextWeights {
   NextWeights() = default;
   NextWeights(const int8_t* begin, const int8_t* end) : next_(begin), end_(std::min(end, begin + MOST_BYTES)) {}
 
-  // Of one line; whether any was left.
-  bool ask() {
+  // Asks for one line; whether any was left.
+  bool operator()() {
     if (next_ >= end_) return false;
     __builtin_prefetch(next_, 0, 2);
     next_ += LINE;

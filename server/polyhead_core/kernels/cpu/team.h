@@ -20,7 +20,7 @@ class Barrier {
 
   // Calls idle() meanwhile, again and again; it returns whether it did anything.
   template <typename Idle>
-  void wait(const Idle& idle) {
+  void wait(Idle& idle) {
     if (size_ == 1) return;
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
@@ -53,9 +53,12 @@ struct Member {
   int64_t rank, size;
   Barrier* barrier;
 
-  void wait() const { barrier->wait([] { return false; }); }
   template <typename Idle>
-  void wait(const Idle& idle) const { barrier->wait(idle); }
+  void wait(Idle& idle) const { barrier->wait(idle); }
+  void wait() const {
+    const auto nothing = [] { return false; };
+    wait(nothing);
+  }
 
   // This member's share of `items`, in whole multiples of `unit`.
   std::pair<int64_t, int64_t> share(int64_t items, int64_t unit = 1) const {
