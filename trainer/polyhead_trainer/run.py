@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -208,7 +209,7 @@ def _utilization(
     dtypes = multiplied_dtypes(dtype, backbone.quantization)
     return Utilization(
         flops=flops,
-        peak=peak_of(parallel.device, dtypes, parallel.ranks.size),
+        measure_peak=partial(peak_of, parallel.device, dtypes, parallel.ranks.size),
         examples_per_step=mean_batch(num_examples, config.training.batch_size),
     )
 
@@ -261,6 +262,8 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
     if watch.restore_best(tuned):
         report.say(console, f"kept: the weights of step {watch.best_step}")
     seconds = saved.train_seconds + time.perf_counter() - started
+    if run.utilization is not None:
+        run.utilization.measure_again()
     return _Trained(
         progress=progress,
         memory=memory,

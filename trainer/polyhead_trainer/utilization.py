@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,13 +71,21 @@ class Peak:
     """Where the figure comes from."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Utilization:
     flops: StepFlops
-    peak: Peak
+    measure_peak: Callable[[], Peak]
     """Of all ranks together."""
     examples_per_step: float
     """On average."""
+    peak: Peak = field(init=False)
+    """The best of what was measured so far: the processor may have been busy with other work."""
+
+    def __post_init__(self) -> None:
+        self.peak = self.measure_peak()
+
+    def measure_again(self) -> None:
+        self.peak = max(self.peak, self.measure_peak(), key=lambda peak: peak.flops_per_s)
 
     def share(self, history: Sequence[StepReport]) -> float:
         """MFU of these steps: 1 is all that the devices could do."""
@@ -165,10 +172,10 @@ def peak_of(device: torch.device, dtypes: Sequence[torch.dtype], num_ranks: int)
         for known, flops in DATA_SHEET_FLOPS.items():
             if known in name:
                 return Peak(flops_per_s=flops * num_ranks, source=f"{num_ranks} x {known} in bfloat16, data sheet")
-    measured = {dtype: _measured(device, dtype, torch.get_num_threads()) for dtype in dtypes}
+    measured = {dtype: _measured(device, dtype) for dtype in dtypes}
     fastest = max(measured, key=measured.__getitem__)
     name = str(fastest).removeprefix("torch.")
-    source = f"{num_ranks} x a {name} matmul, measured at the start"
+    source = f"{num_ranks} x a {name} matmul, measured"
     return Peak(flops_per_s=measured[fastest] * num_ranks, source=source)
 
 
@@ -177,9 +184,8 @@ def multiplied_dtypes(activations: torch.dtype, quantization: str) -> tuple[torc
     return (activations,) if quantization == "none" else tuple({activations, torch.bfloat16})
 
 
-@lru_cache
-def _measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
-    """FLOP/s; `num_threads` only keeps figures of different numbers of them apart."""
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s."""
     width = MATMUL_WIDTH[device.type]
     left = torch.ones(width, width, device=device, dtype=dtype)  # no random numbers: they are the training's
     return 2 * width**3 / min(_seconds(left) for _ in range(MATMUL_REPEATS))
