@@ -101,11 +101,14 @@ def test_recorded_decode_steps_give_the_same_tokens(tmp_path: Path) -> None:
         engine = LocalEngine(load_backbone(str(directory), device="cuda", cache_dir=tmp_path / "cache"), config)
         try:
             assert engine.engine.num_fused_layers == 3
+            assert (engine.engine._runner.graphs is not None) == graphs
             asked = [
                 engine.submit(ids, name, max_tokens=10 + 7 * row, ignore_eos=True)
                 for row, (ids, name) in enumerate(zip(prompts, names, strict=True))
             ]
             found.append([answer.tokens() for answer in asked])
+            recorded = engine.engine._runner.graphs
+            assert recorded is None or (recorded._recordings and not recorded._failed)
         finally:
             engine.close()
     assert found[0] == found[1]

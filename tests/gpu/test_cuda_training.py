@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the trainer needs it")
+
 from integration.test_trainer_run import configuration, run_quietly
 from polyhead_trainer.estimate import estimate
 from polyhead_trainer.reevaluate import measure, read_subject

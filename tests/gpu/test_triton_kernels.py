@@ -5,6 +5,8 @@ On a CUDA device by `make test-gpu`; elsewhere in Triton's interpreter with all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -185,6 +187,17 @@ def test_norm_and_gate_fused_with_quantisation(width: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [33, 576])
+def test_a_row_is_normed_by_itself(width: int, dtype: torch.dtype) -> None:
+    generator = seeded(width)
+    x, weight = normal(generator, 19, width, dtype=dtype) * 3, normal(generator, width, dtype=dtype)
+    normed = quantize.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(normed, reference.rms_norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(quantize.rms_norm(x[row : row + 1], weight, 1e-5)[0], normed[row]) for row in range(19))
+    assert quantize.rms_norm(x[:0], weight, 1e-5).shape == (0, width)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("seed", range(2))
 def test_low_rank_products_equal_the_reference(seed: int, dtype: torch.dtype) -> None:
     generator = seeded(seed)
@@ -230,6 +243,23 @@ def test_parts_of_one_launch_are_the_products_of_their_sites(by_segment: bool) -
     assert_same_bits(some[:, :150], whole[:, :150])
     assert torch.equal(some[:, 150:190], y[:, 150:190])
     assert_same_bits(some[:, 190:], whole[:, 190:])
+
+
+def test_rows_stand_along_the_axis_of_a_grid_that_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others end at 65,535; a training step has more rows."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launches:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_arguments, **_settings: None
+
+    rows = quantize.QuantizedRows(
+        q_TI=torch.ones(70_000, 16, dtype=torch.int8, device=DEVICE), scale_T=torch.ones(70_000, device=DEVICE)
+    )
+    monkeypatch.setattr(int8_linear, "_epilogue_kernel", Launches())
+    int8_linear.int8_product_cublas(rows, torch.ones(32, 16, dtype=torch.int8, device=DEVICE), rows.scale_T[:32])
+    assert grids == [(70_000, 1)]
 
 
 def test_products_are_added_to_what_is_there() -> None:

@@ -64,8 +64,12 @@ def returns(result: torch.Tensor, family: str, name: str) -> tuning.Candidate:
 
 
 def has_no_memory(name: str) -> tuning.Candidate:
+    return fails(name, torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def fails(name: str, error: Exception) -> tuning.Candidate:
     def call() -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     return tuning.Candidate(family="w8a8", name=name, call=call, is_right=lambda _found: True)
 
@@ -86,14 +90,16 @@ def test_the_fastest_is_chosen_within_its_family_and_kept(tmp_path: Path, monkey
     assert KEY not in tuning.TuningTable(path)
 
 
-def test_what_is_wrong_or_finds_no_memory_is_not_chosen(
+def test_what_is_wrong_or_fails_is_not_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tuning, "time_alternating", lambda calls: [float(place) for place in range(len(calls))])
     table = tuning.TuningTable(tmp_path / "table.json")
     wrong, right = returns(torch.zeros(2), "w8a8", "wrong"), returns(RIGHT, "w8a8", "right")
-    table.measure(KEY, [wrong, has_no_memory("large"), right])
+    refused = fails("refused", RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"))
+    table.measure(KEY, [wrong, has_no_memory("large"), refused, right])
     assert table.seconds(KEY) == {"w8a8": {"right": 0.0}}
+    assert "a candidate fails on this device: CUBLAS_STATUS_NOT_SUPPORTED" in caplog.text
     assert "w8a8 wrong is wrong for 4x96x40+8" in caplog.text
 
 

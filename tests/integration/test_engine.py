@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,3 +216,13 @@ def test_draining_refuses_new_requests_and_fails_late_ones(folders: dict[str, Pa
             assert running.finished
         with pytest.raises(Draining):
             engine.submit(PROMPT)
+
+
+def test_a_closed_engine_lets_its_memory_go(folders: dict[str, Path]) -> None:
+    """Whoever makes another one on the same device needs it."""
+    with local_engine(**folders) as engine:
+        engine.submit(PROMPT, max_tokens=2).tokens()
+        held = [weakref.ref(engine.backbone.model), weakref.ref(engine.engine._runner.kv)]
+    del engine
+    gc.collect()
+    assert [one() for one in held] == [None, None]

@@ -39,3 +39,15 @@ def test_making_adapters_prints_no_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Warning" not in done.stderr + done.stdout
     assert len(list((tmp_path / "adapters").iterdir())) == 2
+
+
+def test_a_machine_that_installs_nothing_has_facts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the sources are in PYTHONPATH, and git may be missing."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import machine  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "not-installed"))
+    monkeypatch.setenv("PATH", "")
+    facts = machine.machine_facts()
+    assert facts["versions"]["torch"]
+    assert (facts["versions"]["not-installed"], facts["commit"], facts["uncommitted_changes"]) == ("", "", False)

@@ -158,7 +158,10 @@ def paged_attention(
 
 
 def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
-    """See reference.rms_norm; one thread's work, for the few rows of which logits are wanted."""
+    """See reference.rms_norm; for the few rows of which logits are wanted: on the CPU one thread's work."""
+    if triton := _triton(x_TI):
+        normed: Tensor = triton.rms_norm(x_TI, weight_I, eps)
+        return normed
     kernels = _cpu(x_TI)
     if kernels is None:
         return reference.rms_norm(x_TI, weight_I, eps)

@@ -35,9 +35,10 @@ def int8_product(q_TI: Tensor, weight_OI: Tensor) -> Tensor:
         if q_TI.shape[1] == 1:  # torch 2.13 leaves such a product unwritten
             q_TI, weight_OI = _filled_up(q_TI, 1, 2), _filled_up(weight_OI, 1, 2)
         return torch._int_mm(q_TI, weight_OI.t())
-    # cuBLAS wants more than 16 rows and widths that are multiples of 8; zeros add nothing to a sum of products.
+    # cuBLAS wants more than 16 rows and widths that are multiples of 8; torch's own tests try inner widths of whole 16
+    # bytes alone. Zeros add nothing to a sum of products.
     rows, out = q_TI.shape[0], weight_OI.shape[0]
-    return torch._int_mm(_filled_up(q_TI, 32, 8), _filled_up(weight_OI, 8, 8).t())[:rows, :out]
+    return torch._int_mm(_filled_up(q_TI, 32, 16), _filled_up(weight_OI, 8, 16).t())[:rows, :out]
 
 
 def _filled_up(x_TI: Tensor, rows: int, width: int) -> Tensor:

@@ -118,9 +118,10 @@ class DirectForward:
         self._layers = layers
 
     def take_norm_apart(self) -> None:
-        """Replaces the final norm, half a dozen small operations, by one where it is an RMS norm of float32."""
+        """Replaces the final norm, half a dozen small operations, by one where it is an RMS norm: of float32, or on
+        CUDA, where torch's last bits depend on the number of rows, and so on what shares a row's batch."""
         parts = rms_norm_of(self._norm)
-        if parts is not None and self._norm.weight.dtype == torch.float32:
+        if parts is not None and (self._norm.weight.dtype == torch.float32 or self._norm.weight.is_cuda):
             weight, eps = parts
             self._norm = partial(dispatch.rms_norm, weight_I=weight, eps=eps)
 
@@ -209,6 +210,8 @@ class _Fusion:
         return FusedDecoder(self._stack, num_fused, direct) if num_fused else None
 
     def _probe_batch(self) -> StepBatch:
+        """Of all its tokens logits are wanted: a device may sum up a row otherwise where there are fewer rows, and the
+        way past the tree, whose norm meets the wanted rows alone, would seem to compute something else."""
         generator = torch.Generator().manual_seed(0)
         block_size, rows, next_block = self._kv.shape.block_size, [], 0
         for length in _PROBE_TOKENS:
@@ -216,7 +219,7 @@ class _Fusion:
             if blocks.stop > self._kv.num_blocks:
                 break
             ids = torch.randint(0, self._backbone.vocab_size, (length,), generator=generator).tolist()
-            rows.append(BatchRow(token_ids=ids, start=0, block_ids=tuple(blocks), slot=-1))
+            rows.append(BatchRow(token_ids=ids, start=0, block_ids=tuple(blocks), slot=-1, num_logits=length))
             next_block = blocks.stop
         if not rows:
             rows.append(BatchRow(token_ids=[0], start=0, block_ids=(0,), slot=-1))

@@ -199,12 +199,13 @@ def probe_attention(backbone: Backbone) -> tuple[AttentionFacts, ...]:
     architectures ignore it silently and would be computed without any KV cache.
     """
     seen: dict[int, AttentionFacts] = {}
+    architecture = backbone.architecture  # transformers keeps `record` for good: it must not keep the backbone
 
     def record(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *_: Any, **settings: Any
     ) -> tuple[Tensor, None]:
         if key.shape != value.shape:
-            raise BackboneError(f"{backbone.architecture} has keys and values of different widths: not supported")
+            raise BackboneError(f"{architecture} has keys and values of different widths: not supported")
         seen[int(module.layer_idx)] = AttentionFacts.of(query, key, settings)
         return query.transpose(1, 2), None
 
@@ -215,7 +216,7 @@ def probe_attention(backbone: Backbone) -> tuple[AttentionFacts, ...]:
     expected = int(backbone.model.config.num_hidden_layers)
     if sorted(seen) != list(range(expected)):
         raise BackboneError(
-            f"{backbone.architecture} does not run its attention through transformers' attention interface "
+            f"{architecture} does not run its attention through transformers' attention interface "
             f"({len(seen)} of {expected} layers did), so it cannot be served"
         )
     return tuple(seen[layer] for layer in range(expected))

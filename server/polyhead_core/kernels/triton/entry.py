@@ -9,7 +9,7 @@ from polyhead_core.kernels.triton.attention import paged_attention
 from polyhead_core.kernels.triton.decoder import TritonDecoderStack
 from polyhead_core.kernels.triton.logits import greedy
 from polyhead_core.kernels.triton.low_rank import embedding_add, low_rank_add
-from polyhead_core.kernels.triton.quantize import quantize_rows
+from polyhead_core.kernels.triton.quantize import quantize_rows, rms_norm
 from polyhead_core.kernels.triton.rotary import write_kv
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "int8_linear",
     "low_rank_add",
     "paged_attention",
+    "rms_norm",
     "write_kv",
 ]
 

@@ -103,8 +103,8 @@ def _epilogue_kernel(
     OUTLIERS: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """What _int8_kernel does after its sums, in the same order, for sums that cuBLAS made."""
-    outputs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # along the one axis of a grid that may be longer than 65,535
+    outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = outputs < num_outputs
     at = row * num_outputs + outputs
     y = tl.load(sums_ptr + at, mask=inside, other=0).to(tl.float32) * tl.load(scale_ptr + row)
@@ -209,7 +209,7 @@ def int8_product_cublas(
         high_TO = reference.int8_product(rows.high_TK, outlier_weight_OK).contiguous()
         low_TO = reference.int8_product(rows.low_TK, outlier_weight_OK).contiguous()
     y_TO = _result(out_TO, num_rows, weight_OI)
-    _epilogue_kernel[(triton.cdiv(num_outputs, 1024), num_rows)](
+    _epilogue_kernel[(num_rows, triton.cdiv(num_outputs, 1024))](
         reference.int8_product(rows.q_TI, weight_OI).contiguous(), rows.scale_T,
         high_TO, rows.high_scale_T, low_TO, rows.low_scale_T, absmax_O, bias_O, y_TO, num_outputs,
         OUTLIERS=high_TO is not None, BIASED=bias_O is not None, ADD=out_TO is not None, BLOCK_O=1024,

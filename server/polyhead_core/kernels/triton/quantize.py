@@ -110,6 +110,13 @@ def rms_norm_quantize(
     return _quantize(x_TI, weight_I, _NORM, input_scale_I, outlier_columns_K, eps=eps, keep_x=keep_x)
 
 
+def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """reference.rms_norm, each row summed up in the same order whatever the number of rows; torch's mean is not."""
+    normed_TI = rms_norm_quantize(x_TI, weight_I, eps, keep_x=True).x_TI if len(x_TI) else x_TI.float()
+    assert normed_TI is not None
+    return normed_TI
+
+
 def gated_quantize(
     gate_TI: Tensor,
     up_TI: Tensor,

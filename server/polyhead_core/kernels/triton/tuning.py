@@ -289,11 +289,15 @@ def _seconds_of(call: Callable[[], object], flushed: Tensor) -> float:
 
 
 def _runs(call: Callable[[], object]) -> bool:
-    """Compiles it, too. A tile may want more shared memory than the device has, a copy more memory than is left."""
+    """Compiles it, too. A tile may want more shared memory than the device has, a copy more memory than is left, and
+    a compiler or cuBLAS may refuse a shape: what fails is left out, and the others are measured."""
     try:
         call()
     except (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError) as error:
         logger.info("a candidate does not fit this device: %s", error)
+        return False
+    except (triton.TritonError, RuntimeError) as error:
+        logger.warning("a candidate fails on this device: %s", error)
         return False
     return True
 
