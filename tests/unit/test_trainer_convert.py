@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from polyhead_core.backbone import load_backbone
+from polyhead_core.backbone.checkpoint import compute_fingerprint, fingerprint
 from polyhead_trainer.convert.from_meta import meta_to_hugging_face
 from polyhead_trainer.convert.llama_layout import feed_forward_width
 from polyhead_trainer.convert.meta_params import LLAMA3_ROPE, read_params
@@ -311,6 +312,18 @@ def test_any_layout_becomes_int8(tmp_path: Path, calibrated: bool) -> None:
         convert(str(tmp_path / "int8"), tmp_path / "meta", "meta")
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_int8_keeps_the_identity_of_its_source_until_its_tensors_change(tmp_path: Path, calibrated: bool) -> None:
+    hf, int8 = save_backbone("llama", tmp_path / "hf"), tmp_path / "int8"
+    convert(str(hf), int8, "int8", calibrate=calibrated)
+    assert fingerprint(int8, tmp_path / "cache") == compute_fingerprint(hf) != compute_fingerprint(int8)
+    (file,) = int8.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert fingerprint(int8, tmp_path / "cache") == compute_fingerprint(int8) != compute_fingerprint(hf)
+
+
 def test_metas_layout_becomes_int8(tmp_path: Path) -> None:
     convert(
         str(save_meta(tmp_path / "meta", split(whole_tensors(PARAMS), 2, 1))), tmp_path / "i8", "int8", calibrate=False
@@ -370,3 +383,10 @@ def test_token_ids_that_metas_layout_cannot_keep_are_named(tmp_path: Path, kept_
         assert (back["bos_token_id"], back["eos_token_id"], back.get("pad_token_id")) == (1, 2, None)
     again = convert(str(tmp_path / "back"), tmp_path / "again", "meta")
     assert not [line for line in again if "place for token ids" in line], "what comes back by itself is kept"
+
+
+def test_a_calibration_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    meta = save_meta(tmp_path / "meta", split(whole_tensors(PARAMS), 2, 1))
+    with pytest.raises(ConversionError, match=r"meta has no tokenizer, .* or give --no-calibrate"):
+        convert(str(meta), tmp_path / "i8", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta"]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from encoder_decoders import save_encoder_decoder
 from polyhead_core.adapter_directory import stamp_backbone
+from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.errors import AdapterMismatch, PolyheadError
 from polyhead_trainer.convert.run import convert
 from polyhead_trainer.errors import MergeRefused, OutputExists
@@ -46,6 +48,24 @@ def test_the_merged_model_is_pefts_and_the_adapters(tmp_path: Path, kind: str, s
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("abc")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_is_merged_too(tmp_path: Path, kind: str) -> None:
+    backbone = save_encoder_decoder(tmp_path / "backbone", kind)
+    model = get_peft_model(
+        AutoModelForSeq2SeqLM.from_pretrained(backbone),
+        LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules="all-linear", init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", backbone=str(backbone), cache_dir=tmp_path / "cache")
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found, wanted = (one(input_ids=IDS, decoder_input_ids=IDS[:, :9]).logits for one in (merged, model))
+        with model.disable_adapter():
+            plain = model(input_ids=IDS, decoder_input_ids=IDS[:, :9]).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert (plain - wanted).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_tied_weight_is_untied_where_one_side_changes(tmp_path: Path, target: str) -> None:
     backbone = save_backbone("llama", tmp_path / "backbone")
@@ -66,6 +86,15 @@ def test_bfloat16_is_the_rounded_float32_merge(tmp_path: Path) -> None:
     assert set(exact) == set(rounded)
     assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in exact.items())
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_was_trained_on_a_converted_backbone_is_merged_into_its_source(tmp_path: Path) -> None:
+    backbone = save_backbone("llama", tmp_path / "backbone")
+    adapter = save_adapter(backbone, tmp_path / "adapter", seed=3, r=4, target_modules=["q_proj"])
+    convert(str(backbone), tmp_path / "int8", "int8")
+    stamp_backbone(adapter, fingerprint=fingerprint(tmp_path / "int8", tmp_path / "cache"), quantization="int8")
+    merge(adapter, tmp_path / "merged", backbone=str(backbone), cache_dir=tmp_path / "cache")
+    assert load_file(tmp_path / "merged" / "model.safetensors")
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from polyhead_core.adapter_directory import AdapterDirectory, read_adapter_directory
-from polyhead_core.backbone import load_backbone, resolve_source
+from polyhead_core.backbone import resolve_source
 from polyhead_core.backbone.load import is_int8_checkpoint
+from polyhead_trainer import backbones
 from polyhead_trainer.backbones import HUB_NAMES, check_trained_on
+from polyhead_trainer.config import BackboneSection
 from polyhead_trainer.errors import MergeRefused
 from polyhead_trainer.record import read_record
 from polyhead_trainer.staging import new_directory
@@ -58,7 +60,8 @@ def merge(
     source = backbone or backbone_of(adapter, files)
     _refuse_int8(source, cache_dir)
     with new_directory(output) as staging:
-        loaded = load_backbone(source, quantization="none", dtype="float32", cache_dir=cache_dir)
+        section = BackboneSection(source=source, quantization="none", dtype="float32", cache_dir=cache_dir)
+        loaded = backbones.load(section)
         check_trained_on(loaded, adapter, files.backbone_fingerprint)
         _untie(loaded.model, files)
         model = _merged(loaded.model, adapter, files)

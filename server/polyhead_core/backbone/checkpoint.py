@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,9 @@ PLAIN_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CALIBRATED_FILE = "polyhead_int8.safetensors"
 """Of a directory that Polyhead calibrated; see convert.save_int8."""
-_SHA256 = re.compile(rb"[0-9a-f]{64}")
+CONVERSION_KEY = "polyhead_conversion"
+"""In config.json of a directory that was converted to int8: which weights it was made from; see record_conversion."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class CheckpointReader:
@@ -84,7 +87,9 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     single = next((file for name in (CALIBRATED_FILE, PLAIN_FILE) if (file := directory / name).is_file()), None)
     try:
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise BackboneError(f"{index} has no weight_map of tensors and files: save or copy it again")
             missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
             if missing:
                 raise BackboneError(f"{directory} lacks the shards {', '.join(missing)} that its index names")
@@ -92,21 +97,53 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         if single is not None:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BackboneError(f"cannot read the checkpoint in {directory}: {error}") from error
     raise BackboneError(f"{directory} has no {PLAIN_FILE} and no {INDEX_FILE}; pickles are not read")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a file of settings holds. Raises BackboneError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneError(f"cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise BackboneError(f"{file} holds a JSON {type(values).__name__}: expected an object")
+    return values
+
+
 def fingerprint(directory: Path, cache_dir: Path) -> str:
-    """`compute_fingerprint`, kept in the cache by the files' stats where the cache can be read and written."""
+    """The identity of a directory's unquantised weights.
+
+    `compute_fingerprint`, or of a directory that was converted to int8 and not changed since that of its source.
+    """
+    own = _own_fingerprint(directory, cache_dir)
+    conversion = read_json(directory / "config.json").get(CONVERSION_KEY)
+    if isinstance(conversion, dict) and conversion.get("tensors") == own:
+        source = conversion.get("source")
+        if isinstance(source, str) and _SHA256.fullmatch(source):
+            return source
+    return own
+
+
+def record_conversion(directory: Path, source_fingerprint: str) -> None:
+    """Says in its config.json that an int8 directory, as it is now, was made from weights of this fingerprint."""
+    file = directory / "config.json"
+    conversion = {"source": source_fingerprint, "tensors": compute_fingerprint(directory)}
+    file.write_text(json.dumps(read_json(file) | {CONVERSION_KEY: conversion}, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_fingerprint(directory: Path, cache_dir: Path) -> str:
+    """Kept in the cache by the files' stats where the cache can be read and written."""
     reader = CheckpointReader(directory)
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in set(reader._files.values()))
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
     remembered = cache_dir / "fingerprints" / key
     with contextlib.suppress(OSError):
-        known = remembered.read_bytes()
+        known = remembered.read_text(encoding="ascii", errors="replace")
         if _SHA256.fullmatch(known):
-            return known.decode("ascii")
+            return known
     computed = compute_fingerprint(directory)
     try:
         _replace(remembered, computed)
@@ -135,7 +172,7 @@ def compute_fingerprint(directory: Path) -> str:
     Independent of sharding, of later quantisation and of library versions.
     """
     reader = CheckpointReader(directory)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     digest = hashlib.sha256(str(config.get("model_type")).encode())
     for name in reader.names:
         tensor = reader.read(name).contiguous()

@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from transformers import AutoTokenizer
+
 from polyhead_core.backbone import resolve_source
-from polyhead_core.backbone.checkpoint import fingerprint
+from polyhead_core.backbone.checkpoint import fingerprint, record_conversion
 from polyhead_core.backbone.convert import int8_directory
 from polyhead_core.backbone.load import is_int8_checkpoint
 from polyhead_trainer.convert.from_meta import is_meta_directory, meta_to_hugging_face
@@ -54,6 +56,8 @@ def convert(
             remarks = meta_to_hugging_face(directory, floats, max_positions=max_positions, rope_factor=rope_factor)
         else:
             floats = _float_directory(source, scratch)
+        if calibrate:
+            _check_tokenizer(source, floats)
         return remarks + _to_int8(floats, staging, scratch, calibrate)
 
 
@@ -75,13 +79,24 @@ def _gguf_to_hugging_face(file: Path, scratch: Path, output: Path) -> list[str]:
     return ["the weights are those that the GGUF file's quantisation left, in float32"]
 
 
+def _check_tokenizer(source: str, floats: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(floats)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConversionError(
+            f"{source} has no tokenizer, by which the calibration reads its text: put its files (tokenizer.json, or "
+            "Meta's tokenizer.model) there, or give --no-calibrate"
+        ) from error
+
+
 def _to_int8(floats: Path, output: Path, scratch: Path, calibrate: bool) -> list[str]:
-    made = int8_directory(floats, fingerprint(floats, scratch), scratch, calibrate=calibrate)
+    identity = fingerprint(floats, scratch)
+    made = int8_directory(floats, identity, scratch, calibrate=calibrate)
     shutil.copytree(floats, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_COPIED, ".*"))
     for part in made.iterdir():
         part.rename(output / part.name)
-    remarks = ["adapters record the backbone's fingerprint: train and serve against this directory, or both against "
-               "its source, not mixed"]  # fmt: skip
+    record_conversion(output, identity)
+    remarks = ["adapters trained on this directory fit its source, and the other way round"]
     if calibrate:
         remarks.append("calibrated for Polyhead; for bitsandbytes, which ignores the calibration, use --no-calibrate")
     return remarks
