@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"polyhead-server: the package {error.name!r} is missing: pip install 'polyhead[server]'", file=sys.stderr
         )
         return 2
+    except KeyboardInterrupt:  # while it was still starting; later ones are signals that drain
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

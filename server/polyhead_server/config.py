@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from polyhead_core.errors import ConfigError
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
+_MAX_COUNT = 10**9
+"""Counts travel as 32 bits, some of them added up."""
+_MAX_BYTES = 1 << 60
+_MAX_THREADS = 4096
+_TAKEN = {bool: (bool,), int: (int, str), float: (float, int, str), str: (str,)}
+"""What a setting's type is made from, without loss: a file has numbers, --set and flags have texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +97,31 @@ class ServerConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} is not usable: expected {expected}")
 
         check("quantization", self.quantization in ("int8", "none"), "int8 or none")
-        check("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        check("kv_dtype", self.kv_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        check("adapter_dtype", self.adapter_dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        for name in ("listen", "metrics"):
-            value = getattr(self, name)
-            host, _, port = value.rpartition(":")
-            check(name, value == "" or (bool(host) and port.isdigit() and int(port) < 65536), "HOST:PORT")
+        check("device", _DEVICE.fullmatch(self.device) is not None, "cpu or cuda")
+        for name in ("dtype", "kv_dtype", "adapter_dtype"):
+            check(name, getattr(self, name) in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        check("listen", _is_address(self.listen), "HOST:PORT")
+        check("metrics", not self.metrics or _is_address(self.metrics), "HOST:PORT")
         for name in (
             "max_model_len", "max_batch_rows", "max_batch_tokens", "max_queued_requests", "max_n", "kv_block_size",
-            "kv_cache_bytes", "adapter_pool_bytes", "max_resident_adapters", "max_adapter_rank",
-            "max_adapter_file_bytes",
+            "max_resident_adapters", "max_adapter_rank",
         ):  # fmt: skip
-            check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("max_logprobs", "host_cache_bytes", "metrics_max_adapter_labels", "num_threads"):
-            check(name, getattr(self, name) >= 0, "0 or more")
+            check(name, 1 <= getattr(self, name) <= _MAX_COUNT, f"1 to {_MAX_COUNT}")
+        for name in ("max_logprobs", "metrics_max_adapter_labels"):
+            check(name, 0 <= getattr(self, name) <= _MAX_COUNT, f"0 to {_MAX_COUNT}")
+        for name in ("kv_cache_bytes", "adapter_pool_bytes", "max_adapter_file_bytes"):
+            check(name, 1 <= getattr(self, name) <= _MAX_BYTES, f"1 to {_MAX_BYTES}")
+        check("host_cache_bytes", self.host_cache_bytes >= 0, "0 or more")
+        check("num_threads", 0 <= self.num_threads <= _MAX_THREADS, f"0 to {_MAX_THREADS}")
         check("adapter_scan_interval_s", self.adapter_scan_interval_s > 0, "more than 0")
         check("max_adapter_wait_s", self.max_adapter_wait_s >= 0, "0 or more")
         check("drain_timeout_s", self.drain_timeout_s >= 0, "0 or more")
         check("reader_timeout_s", self.reader_timeout_s > 0, "more than 0")
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and int(port) < 65536
 
 
 def load_config(file: Path | None, overrides: Sequence[str] = (), **flags: Any) -> ServerConfig:
@@ -141,11 +156,11 @@ def _converted(values: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(key: str, value: Any, wanted: type) -> Any:
     if isinstance(value, str) and wanted is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if isinstance(value, bool) != (wanted is bool):
-        raise ConfigError(f"{key} = {value!r}: expected {wanted.__name__}")
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, _TAKEN[wanted]):
+        raise ConfigError(f"{key} = {value!r:.100}: expected {wanted.__name__}")
     try:
         return wanted(value)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, ValueError) as error:
         raise ConfigError(f"{key} = {value!r}: expected {wanted.__name__}") from error
 
 

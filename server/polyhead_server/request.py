@@ -66,11 +66,11 @@ class SamplingParams:
                     details={"field": name, "given": given, "expected": expected},
                 )
 
-        check("max_tokens", 1 <= self.max_tokens <= 2**31 - 1, "an integer of at least 1")
+        check("max_tokens", 1 <= self.max_tokens <= 2**31 - 1, "1 to 2**31 - 1")
         check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens = {self.max_tokens}")
         # A NaN fails every one of these comparisons, as it should.
         check("temperature", 0.0 <= self.temperature <= 100.0, "0 (greedy) to 100")
-        check("top_k", 0 <= self.top_k <= 2**31 - 1, "0 (off) or more")
+        check("top_k", 0 <= self.top_k <= 2**31 - 1, "0 (off) to 2**31 - 1")
         check("top_p", 0.0 < self.top_p <= 1.0, "more than 0, at most 1 (off)")
         check("min_p", 0.0 <= self.min_p <= 1.0, "0 (off) to 1")
         check("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100; 1 is off")

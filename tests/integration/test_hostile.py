@@ -240,6 +240,8 @@ HOSTILE_SETTINGS: list[dict[str, Any]] = [
     {"n": 0},
     {"logprobs": 100_000},
     {"max_tokens": 0},
+    {"max_tokens": 2**32 - 1},
+    {"top_k": 2**32 - 1},
     {"min_tokens": 99, "max_tokens": 3},
     {"stop": ["x"] * 1000},
     {"stop": [""]},
@@ -255,6 +257,8 @@ def test_absurd_sampling_parameters_are_refused(settings: dict[str, Any], client
     with pytest.raises(InvalidRequest) as caught:
         client.generate(PROMPT, **{"max_tokens": 4, **settings})
     assert next(iter(settings)) in caught.value.message
+    if next(iter(settings.values())) == 2**32 - 1:
+        assert "2**31 - 1" in caught.value.message, "the limit that was passed is named"
 
 
 @pytest.mark.parametrize(

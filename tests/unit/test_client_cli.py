@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from service_doubles import Harness, finished, tokens
+from service_doubles import Harness, answer, finished, tokens
 
 from polyhead_client import SamplingOptions, cli
 from polyhead_server.request import EventSink, Request
@@ -150,3 +150,46 @@ def test_a_reader_that_leaves_early_gets_no_traceback(address: str) -> None:
     command = f"{sys.executable} -m polyhead_client.cli --server {address} generate hello | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, env=os.environ)
     assert "Traceback" not in done.stderr
+
+
+def shell(line: str, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = line.replace("polyhead", f"{sys.executable} -m polyhead_client.cli", 1)
+    return subprocess.run(
+        command, shell=True, input=stdin, capture_output=True, timeout=60, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_text_that_the_terminal_cannot_show_is_escaped(address: str, harness: Harness, encoding: str) -> None:
+    harness.engine.behave = answer("caf", "\u00e9 \u65e5")
+    done = shell(f"polyhead --server {address} generate hello", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding) == ("caf\\xe9" if encoding == "ascii" else "caf\u00e9") + " \\u65e5\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "stdin", "says"),
+    [
+        ("generate -", b"caf\xe9", "not valid text"),
+        ("chat - <&-", None, "no standard input"),
+        ("generate hello >/dev/full", None, "No space left"),
+        ("adapters >/dev/full", None, "No space left"),
+    ],
+)
+def test_input_and_output_that_fail_are_one_line(address: str, line: str, stdin: bytes | None, says: str) -> None:
+    command, *rest = line.split(maxsplit=1)
+    done = shell(f"polyhead {command} --server {address} {' '.join(rest)}", stdin, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"polyhead: ")
+    assert done.stderr.count(b"\n") == 1
+    assert says in done.stderr.decode()
+
+
+def test_score_takes_control_tokens_where_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    totals = []
+    for flags in ([], ["--parse-special-tokens"]):
+        assert run(monkeypatch, "score", "--server", address, *flags, "<|im_start|>user") == 0
+        totals.append(len(capsys.readouterr().out.splitlines()))
+    assert totals[1] < totals[0]

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from local_engine import local_engine
+from polyhead_core.backbone import load_backbone
 from polyhead_core.errors import ConfigError
 from polyhead_server import cli
 from polyhead_server.config import ServerConfig, describe_fields, load_config
+from tiny import save_backbone
 
 
 def test_the_last_of_file_text_and_flag_counts(tmp_path: Path) -> None:
@@ -41,7 +45,16 @@ def test_texts_become_the_fields_type(text: str, value: object) -> None:
         ("zzz=3", "known are"),
         ("max_n", "key=value"),
         ("max_n=many", "expected int"),
-        ("max_n=0", "1 or more"),
+        ("max_n=0", "1 to"),
+        ("max_queued_requests=10000000000", "1 to"),
+        ("kv_cache_bytes=0", "1 to"),
+        ("adapter_pool_bytes=1" + "0" * 30, "1 to"),
+        ("num_threads=100000", "0 to 4096"),
+        ("device=gpu", "cpu or cuda"),
+        ("device=meta", "cpu or cuda"),
+        ("listen=", "HOST:PORT"),
+        ("listen=localhost:\u00b2", "HOST:PORT"),
+        ("metrics=localhost:\u0663", "HOST:PORT"),
         ("prefix_caching=1", "expected bool"),
         ("listen=localhost", "HOST:PORT"),
         ("listen=localhost:99999", "HOST:PORT"),
@@ -55,7 +68,10 @@ def test_what_is_wrong_is_named(text: str, says: str) -> None:
         load_config(None, [text])
 
 
-@pytest.mark.parametrize("content", ["max_n = ", "[table]\nx = 1", "max_n = true", 'max_n = "x"'])
+@pytest.mark.parametrize(
+    "content",
+    ["max_n = ", "[table]\nx = 1", "max_n = true", 'max_n = "x"', "max_n = 3.7", "listen = 5", 'backbone = ["a"]'],
+)
 def test_unusable_files_are_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "server.toml"
     file.write_text(content)
@@ -89,6 +105,38 @@ def test_the_command_refuses_in_one_line_with_2(
     assert err.startswith("polyhead-server: ")
     assert says in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_bytes": 1 << 59},
+        {"adapter_pool_bytes": 1 << 59},
+        {"max_resident_adapters": 10**9, "max_adapter_rank": 10**9},
+    ],
+)
+def test_memory_that_is_not_there_is_a_setting_that_cannot_be_used(settings: dict[str, int], tmp_path: Path) -> None:
+    backbone = save_backbone("llama", tmp_path / "backbone")
+    with pytest.raises(ConfigError, match=next(iter(settings))), local_engine(backbone, tmp_path / "cache", **settings):
+        pass
+
+
+def test_a_device_that_is_not_there_is_a_setting_that_cannot_be_used(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        load_backbone(str(tmp_path), device="cuda")
+
+
+def test_an_interrupt_while_it_starts_ends_it_quietly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_serve", interrupted)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_the_help_names_all_settings_without_torch() -> None:

@@ -72,6 +72,22 @@ def test_a_crowd_with_unknown_names_shares_few_scans() -> None:
     asyncio.run(main())
 
 
+def test_a_caller_who_leaves_takes_no_scan_from_those_who_wait_for_it() -> None:
+    async def main() -> None:
+        store = FakeStore(refresh_s=0.2)
+        lookup = AdapterLookup(store, EXECUTOR, min_scan_interval_s=0.0)
+        store.on_disk = {"new": FakeInfo(name="new")}
+        leaving = asyncio.create_task(lookup.resolve("new"))
+        staying = asyncio.create_task(lookup.resolve("new"))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        version = await staying
+        assert version is not None
+        assert version.name == "new"
+
+    asyncio.run(main())
+
+
 def test_a_refused_adapter_says_so_without_a_scan() -> None:
     async def main() -> None:
         store = FakeStore()

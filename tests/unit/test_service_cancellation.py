@@ -119,6 +119,20 @@ def test_a_client_that_reads_nothing_is_given_up(harness: Harness) -> None:
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+def test_a_client_that_takes_not_even_the_first_event_is_told_so(harness: Harness) -> None:
+    """gRPC sends no status after a first write that was given up, which carries the headers too."""
+    harness.config = replace(harness.config, reader_timeout_s=0.3)
+    harness.engine.behave = until_cancelled
+    no_window = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+    with harness.serve() as service, grpc.insecure_channel(service.address, options=no_window) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(generate(), timeout=10)
+        harness.engine.wait_for_cancel()
+        time.sleep(0.3)
+        with pytest.raises(grpc.RpcError, match="read it as it comes") as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 def test_waiting_loads_and_unloads_delay_nobody_and_end_with_their_calls(
     channel: grpc.Channel, harness: Harness
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 
+from polyhead_core.errors import InvalidRequest
 from polyhead_server.service import edge
 
 
@@ -29,11 +30,19 @@ class Context:
         raise grpc.aio.AbortError
 
 
-def call(context: Context) -> asyncio.Task[object]:
-    """A call whose write fails at once, as it runs behind the interceptor."""
+class Unreachable(Context):
+    """To which no status can be sent either."""
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object) -> NoReturn:
+        self.status = code
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+
+def call(context: Context, error: Exception | None = None) -> asyncio.Task[object]:
+    """A call that ends in `error`, or whose write fails, at once, as it runs behind the interceptor."""
 
     async def answer(request: object, context: object) -> NoReturn:
-        raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+        raise error or grpc.aio.InternalError("Failed grpc_call_start_batch")
 
     async def continuation(details: object) -> grpc.RpcMethodHandler[Any, Any]:
         return grpc.unary_unary_rpc_method_handler(answer)
@@ -99,3 +108,20 @@ def test_a_write_that_fails_while_the_client_stays_is_internal_and_logged(
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert record.exc_info
+
+
+def test_a_status_that_fails_because_the_client_has_gone_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC would log what the handler raises before it has seen that the client is gone."""
+
+    async def scenario() -> tuple[Context, object]:
+        context = Unreachable()
+        task = call(context, InvalidRequest("n = 0"))
+        await asyncio.sleep(0.05)
+        gone_and_cancelled(context, task)
+        (raised,) = await asyncio.gather(task, return_exceptions=True)
+        return context, raised
+
+    context, raised = asyncio.run(scenario())
+    assert context.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert isinstance(raised, asyncio.CancelledError)
+    assert not caplog.records

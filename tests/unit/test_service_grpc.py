@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import grpc
@@ -327,3 +328,12 @@ def test_a_score_that_is_too_long_names_its_own_field_and_no_answer(
     assert (info.reason, info.metadata["field"]) == ("PROMPT_TOO_LONG", field)
     assert caught.value.details().startswith(f"{field} of ")
     assert "answer" not in caught.value.details()
+
+
+def test_a_burst_of_calls_loses_none_without_a_word(channel: grpc.Channel) -> None:
+    """gRPC's own limit of calls that the server has not seen yet cancels some at random."""
+    info = server_pb2_grpc.ServerStub(channel).Info
+    calls = [info.future(server_pb2.InfoRequest(), timeout=60) for _ in range(4000)]
+    codes = Counter(call.code() for call in calls)
+    assert codes.keys() <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}, codes
+    assert codes[grpc.StatusCode.OK] >= 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -118,3 +119,22 @@ def test_for_backbone_takes_the_settings(backbone: TinyBackbone, folder: Path) -
     nothing = AdapterStore.for_backbone(ServerConfig(adapter_pool_bytes=1 << 20), backbone, Counters())
     nothing.refresh()
     assert list(nothing.list()) == []
+
+
+def test_a_folder_that_cannot_be_read_is_refused_at_the_start(
+    backbone: TinyBackbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root every folder can be
+    with pytest.raises(ConfigError, match="can be read"):
+        AdapterStore.for_backbone(ServerConfig(adapters=str(folder)), backbone, Counters())
+
+
+@pytest.mark.parametrize("interval_s", [float("inf"), 1e12])
+def test_a_scan_interval_beyond_all_times_means_no_scan(
+    make_store: Callable[..., AdapterStore], interval_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    store = make_store(scan_interval_s=interval_s)
+    store.stop()
+    assert not died

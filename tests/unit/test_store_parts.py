@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyhead_core.errors import AdapterFormatError, AdapterRejected, EngineFailure
+from polyhead_core.errors import AdapterFormatError, AdapterRejected, EngineFailure, UnknownAdapter
 from polyhead_core.kernels.tables import UNIT
 from polyhead_core.sites import Site, SiteKind, SiteMap
 from polyhead_server.store import catalog as catalog_module
@@ -316,6 +316,49 @@ def test_a_vanished_folder_of_folders_is_empty(catalog: Catalog, tmp_path: Path)
     tmp_path.rename(tmp_path.parent / "elsewhere")
     catalog.refresh()
     assert not catalog.entries
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_empty_one(catalog: Catalog, tmp_path: Path) -> None:
+    _write(tmp_path, "anna", "1")
+    catalog.refresh()
+    tmp_path.rename(tmp_path.parent / "away")
+    tmp_path.write_text("no folder")
+    catalog.refresh()
+    assert not catalog.entries
+    with pytest.raises(UnknownAdapter):
+        catalog.entry("anna")
+
+
+def test_a_folder_that_cannot_be_read_keeps_what_is_known(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, "anna", "1")
+    catalog.refresh()
+    monkeypatch.setattr(os, "listdir", _raise_permission_error)
+    for _ in range(3):
+        catalog.refresh()
+    assert catalog.entries.keys() == {"anna"}
+    assert sum("adapters folder cannot be read" in record.message for record in caplog.records) == 1
+
+
+def test_what_stays_as_it_is_is_said_once(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalog_module, "PASSING_RETRY_S", 0.0)
+    _write(tmp_path, "new\nline", "1")
+    _write(tmp_path, "anna", "1")
+
+    def fail(path: Path) -> AdapterFacts:
+        raise AdapterFormatError("anna: a disk's trouble") from OSError(5, "Input/output error")
+
+    monkeypatch.setattr(catalog, "_admit", fail)
+    for _ in range(3):
+        catalog.refresh()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(":")[0] for text in warnings] == ["a folder is left out", "refused"]
+    (tmp_path / "new\nline").rename(tmp_path / "other\nline")
+    catalog.refresh()
+    assert "other" in caplog.records[-1].message
 
 
 def test_it_polls_and_outlives_a_failing_scan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from polyhead_client.client import Client, Stream
-from polyhead_client.errors import PolyheadClientError
+from polyhead_client.errors import InvalidRequest, PolyheadClientError
 from polyhead_client.types import Adapter, Message, SamplingOptions, TokenLogprob
 from polyhead_client.wire import DEFAULT_TARGET
 
@@ -47,6 +48,8 @@ _LOGPROB_HEADER = ("token", "id", "logprob", "likeliest")
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     try:
         app()
     except PolyheadClientError as error:
@@ -55,6 +58,10 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         # The reader of our output has had enough; a second failure at exit would only add noise.
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:  # of our input or output, such as a full disk; it would come up again at exit
+        print(f"polyhead: {error}", file=sys.stderr)
         sys.stderr.close()
         sys.exit(1)
 
@@ -156,12 +163,19 @@ def score(
     text: Annotated[str, typer.Argument(help="the text to score; -: read it from stdin")],
     adapter: AdapterOption = None,
     top_logprobs: Annotated[int, typer.Option("--top-logprobs")] = 0,
+    parse_special_tokens: Annotated[bool, typer.Option("--parse-special-tokens")] = False,
     timeout_s: TimeoutS = None,
     server: Server = None,
 ) -> None:
     """Print the log-probability of each token of a text, and their sum."""
     with _connect(context, server) as client:
-        scored = client.score(_text(text), adapter=adapter, top_logprobs=top_logprobs, timeout_s=timeout_s)
+        scored = client.score(
+            _text(text),
+            adapter=adapter,
+            top_logprobs=top_logprobs,
+            parse_special_tokens=parse_special_tokens,
+            timeout_s=timeout_s,
+        )
     _print_table(_LOGPROB_HEADER, [_score_row(token) for token in scored.tokens])
     print(f"total {scored.total_logprob:.4f} over {max(0, len(scored.tokens) - 1)} tokens")
 
@@ -210,7 +224,14 @@ def pin(
 
 
 def _text(argument: str) -> str:
-    return sys.stdin.read() if argument == "-" else argument
+    if argument != "-":
+        return argument
+    if sys.stdin is None:
+        raise InvalidRequest("there is no standard input to read the text from")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not valid text: {error}") from error
 
 
 def _print_stream(stream: Stream) -> None:

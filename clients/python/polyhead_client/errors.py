@@ -8,10 +8,10 @@ PolyheadClientError
 ├── AdapterInUse          FAILED_PRECONDITION: by requests, or pinned
 ├── ResourceExhausted     RESOURCE_EXHAUSTED
 │   └── QueueFull         with retry_after_s
-├── Unavailable           UNAVAILABLE: the server is there, but drains
+├── Unavailable           UNAVAILABLE: the server is there, but drains, or did not take the call
 │   └── ConnectionFailed  no server answered
 ├── DeadlineExceeded      DEADLINE_EXCEEDED
-├── Cancelled             CANCELLED
+├── Cancelled             CANCELLED; the client was closed
 └── ServerError           INTERNAL and all else: not the caller's fault
 """
 
@@ -122,6 +122,11 @@ def translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
+    except (ValueError, grpc.aio.UsageError) as error:
+        if "closed" not in str(error).lower():
+            raise
+        # What gRPC says to a call on a channel that had been closed, by another thread perhaps.
+        raise Cancelled("the client was closed") from error
 
 
 def from_rpc_error(error: Any) -> PolyheadClientError:
@@ -130,6 +135,9 @@ def from_rpc_error(error: Any) -> PolyheadClientError:
     reason, details, retry_after_s = _rich_details(error.trailing_metadata() or ())
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, ServerError)
     message = error.details() or code.name
+    if code is grpc.StatusCode.CANCELLED and message == code.name and not reason:
+        # Nobody cancelled it here: it came to a server whose gRPC gave it up before anything of Polyhead's saw it.
+        kind, message = Unavailable, "the server did not take the call: it is overloaded, or shutting down"
     return kind(message, reason=reason, details=details, retry_after_s=retry_after_s, code=code)
 
 

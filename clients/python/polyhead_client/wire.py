@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -44,12 +46,20 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
+_OWN_MACHINE = re.compile(r"((dns:///|ipv4:|ipv6:)?(localhost|127(\.\d+){3}|\[::1\])(:\d+)?)|unix:.*", re.IGNORECASE)
+
 READY_POLL_S = 0.2
+_LONGEST_TIMEOUT_S = 1e9
 
 Prompt = str | Sequence[int]
 D = TypeVar("D")
 
 _FINISH_REASONS = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """gRPC goes by way of the environment's http_proxy, from which no way leads back to this machine's loopback."""
+    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if _OWN_MACHINE.fullmatch(target) else CHANNEL_OPTIONS
 
 
 class Stubs:
@@ -107,6 +117,13 @@ def score_request(
         _extend("text", request.token_ids.ids, text)
         request.token_ids.SetInParent()
     return request
+
+
+def timeout(timeout_s: float | None) -> float | None:
+    """What gRPC is told; None: no limit. With a longer one its clocks overflow, and the call would end at once."""
+    if timeout_s is not None and math.isnan(timeout_s):
+        raise InvalidRequest("timeout_s = nan is not usable: expected seconds, or None for no limit")
+    return None if timeout_s is None or timeout_s > _LONGEST_TIMEOUT_S else timeout_s
 
 
 def adapter_name(name: str) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from polyhead_core.backbone.checkpoint import CALIBRATED_FILE, PLAIN_FILE, CheckpointReader
+from polyhead_core.backbone.checkpoint import CALIBRATED_FILE, PLAIN_FILE, CheckpointReader, read_json
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.source import publish_directory, staging_directory
 from polyhead_core.errors import BackboneError
@@ -53,7 +53,7 @@ def int8_directory(directory: Path, fingerprint: str, cache_dir: Path, *, calibr
 
 def _computation(directory: Path) -> str:
     """A hash of what config.json says, apart from what certainly changes no number that the model computes."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
     kept = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -73,10 +73,11 @@ def weight_name(reader: CheckpointReader, model: PreTrainedModel, path: str) -> 
 
 def quantize_directory(directory: Path) -> PreTrainedModel:
     """A plain W8A8 model: every linear layer, the head included, by row-wise absmax; all else as in the checkpoint."""
-    from polyhead_core.backbone.load import empty_model, replace_module
+    from polyhead_core.backbone.load import check_none_is_left, empty_model, replace_module
 
     model = empty_model(directory)
     reader = CheckpointReader(directory, model)
+    check_none_is_left(model, reader, model.state_dict())
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             bias = reader.read(f"{path}.bias") if module.bias is not None else None

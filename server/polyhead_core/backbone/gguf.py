@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def gguf_to_directory(gguf: Path, directory: Path) -> None:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         missing = set(model.state_dict()) - _write_shards(_tensors(gguf, reader, model), directory)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error, NotImplementedError) as error:
         raise BackboneError(f"cannot read {gguf} as GGUF: {error}") from error
     tied = {f"{path}.weight" for path, module in model.named_modules() if module is model.get_output_embeddings()}
     if missing - (tied if config.tie_word_embeddings else set()):

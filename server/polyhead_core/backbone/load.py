@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from polyhead_core.backbone.checkpoint import CheckpointReader, fingerprint
+from polyhead_core.backbone.checkpoint import CheckpointReader, fingerprint, read_json
 from polyhead_core.backbone.convert import OWN_QUANT_METHOD, int8_directory, weight_name
 from polyhead_core.backbone.embedding import CastEmbedding
 from polyhead_core.backbone.host_memory import large_blocks_apart
@@ -52,6 +54,8 @@ def load_backbone(
         raise ConfigError(f"dtype = {dtype!r}: expected auto, {' or '.join(DTYPES)}")
     cache = cache_dir or default_cache_dir()
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r} is not usable: torch {torch.__version__} finds no CUDA device here")
     compute = DTYPES[("float32" if target.type == "cpu" else "bfloat16") if dtype == "auto" else dtype]
     with large_blocks_apart():
         directory = resolve_source(source, cache)
@@ -79,9 +83,11 @@ def load_backbone(
 
 def is_int8_checkpoint(directory: Path) -> bool:
     """Whether the directory holds LLM.int8 tensors, plain or calibrated; other quantisations raise BackboneError."""
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    settings = read_json(directory / "config.json").get("quantization_config")
     if settings is None:
         return False
+    if not isinstance(settings, dict):
+        raise BackboneError(f"{directory / 'config.json'}: quantization_config = {settings!r:.100} is no object")
     if settings.get("load_in_8bit") or settings.get("quant_method") == OWN_QUANT_METHOD:
         return True
     raise BackboneError(
@@ -103,7 +109,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
     """The model's tree with parameters on the meta device and real buffers."""
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BackboneError(f"cannot read {directory / 'config.json'}: {error}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -117,7 +123,10 @@ def empty_model(directory: Path) -> PreTrainedModel:
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+            raise BackboneError(f"cannot read {directory / 'generation_config.json'}: {error}") from error
     return model  # type: ignore[no-any-return]
 
 
@@ -239,14 +248,22 @@ def _check_complete(model: PreTrainedModel, reader: CheckpointReader, used: set[
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise BackboneError(f"{directory} lacks {len(missing)} tensors, {', '.join(missing[:5])} among them")
+    check_none_is_left(model, reader, used)
+
+
+def check_none_is_left(model: PreTrainedModel, reader: CheckpointReader, used: Collection[str]) -> None:
+    """Raises BackboneError where the checkpoint holds more than was used: the model would answer as another."""
     superfluous = [name for name in reader.names if name not in used and not _may_be_ignored(model, name)]
     if superfluous:
         raise BackboneError(
-            f"{directory} holds {len(superfluous)} tensors that {type(model).__name__} does not have, "
+            f"{reader.directory} holds {len(superfluous)} tensors that {type(model).__name__} does not have, "
             f"{', '.join(superfluous[:5])} among them"
         )
 
 
 def _may_be_ignored(model: PreTrainedModel, name: str) -> bool:
     # Older checkpoints carry buffers that are computed now, and tied heads carry a second copy of the embedding.
-    return name.endswith((".inv_freq", ".masked_bias", ".attention.bias")) or name == "lm_head.weight"
+    if name.endswith((".inv_freq", ".masked_bias", ".attention.bias")) or name == "lm_head.weight":
+        return True
+    # What its architecture leaves out by design, such as layers that predict several tokens.
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())

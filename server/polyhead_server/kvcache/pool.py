@@ -37,8 +37,10 @@ class KVPool:
                 f"kv_cache_bytes = {max_bytes} holds no block: one block of {shape.block_size} tokens takes "
                 f"{shape.bytes_per_block} bytes"
             )
-
-        memory = dispatch.zeros_for_long(self.num_bytes // shape.dtype.itemsize, shape.dtype, device)
+        try:
+            memory = dispatch.zeros_for_long(self.num_bytes // shape.dtype.itemsize, shape.dtype, device)
+        except RuntimeError as error:  # torch's for memory that is not there, on every device
+            raise ConfigError(f"kv_cache_bytes = {max_bytes} cannot be had on {device}: lower it; {error}") from error
         of_layers = [self.num_blocks * heads * shape.block_size * width for heads, width in shape.layers]
         pieces: Iterator[Tensor] = iter(memory.split(of_layers * 2))
 

@@ -20,6 +20,8 @@ class AdapterLookup:
         self._min_scan_interval_s = min_scan_interval_s
         self._scanning = asyncio.Lock()
         self._scan_began_s = -min_scan_interval_s
+        self._next_scan: asyncio.Task[None] | None = None
+        """Has not begun yet."""
 
     def knows(self, name: str) -> bool:
         return self._store.knows(name)
@@ -41,11 +43,17 @@ class AdapterLookup:
         self._store.get(name)
 
     async def _scan(self) -> None:
-        """Returns after a scan of the folder that began after this call."""
-        asked_s = time.monotonic()
+        """Returns after a scan of the folder that began after this call.
+
+        The scan is nobody's own: a caller who goes away leaves it to the others who wait for it.
+        """
+        if self._next_scan is None:
+            self._next_scan = asyncio.create_task(self._scan_once())
+        await asyncio.shield(self._next_scan)
+
+    async def _scan_once(self) -> None:
         async with self._scanning:
-            if self._scan_began_s >= asked_s:
-                return
             await asyncio.sleep(max(0.0, self._scan_began_s + self._min_scan_interval_s - time.monotonic()))
+            self._next_scan = None  # whoever asks from here on has come too late for this one
             self._scan_began_s = time.monotonic()
             await asyncio.get_running_loop().run_in_executor(self._executor, self._store.refresh)

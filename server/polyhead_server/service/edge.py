@@ -86,4 +86,9 @@ def _guarded(inner: Handler, method: str) -> Handler:
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PolyheadError) -> NoReturn:
     status = to_status(error)
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    try:
+        await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    except grpc.aio.InternalError:
+        # Like a write: where the client has gone, gRPC sees it a moment later and cancels this call.
+        await asyncio.sleep(_CLIENT_GONE_S)
+        raise

@@ -105,6 +105,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _stream(self, request: Request, context: Context, account: _Account) -> None:
         async with self._submitted(request, account) as output:
+            # Apart from the first event: given up together with it they would come a second time with the status, which
+            # gRPC refuses to send then.
+            await context.send_initial_metadata(())
             await self._write(
                 context, convert.started(request.request_id, request.adapter, len(request.prompt_token_ids))
             )

@@ -41,11 +41,16 @@ MAX_SENT_BYTES = 64 << 20
 MIN_RECEIVED_BYTES = 16 << 20
 """Well above any prompt that fits, so that a prompt that does not gets our error and not gRPC's; and twice the longest
 that a large context takes."""
+MAX_PENDING_CALLS = 20_000
+"""Calls that have come in a burst and that the event loop has not seen yet. Of more than this, and by default of more
+than 1000, gRPC cancels some at random, without a word; of those that it has seen too many get RESOURCE_EXHAUSTED."""
 SPARE_CALLS = 256
 """Calls at once beside those of queue and batch: what asks for health and adapters, and answers that are still read."""
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_SENT_BYTES),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
     # A client whose network is gone is found out, and its requests are cancelled.

@@ -82,6 +82,8 @@ class Catalog:
         self._thread: threading.Thread | None = None
         self._scan_s = 0.0
         """How long the last look at all files took, without reading any."""
+        self._said: dict[str, str] = {}
+        """What was last said of a folder that is no adapter, by name; "": of the adapters folder itself."""
 
     def start(self, interval_s: float) -> None:
         """Scans once, then every `interval_s`, or less often where that would take more than SCAN_SHARE of the time."""
@@ -99,7 +101,11 @@ class Catalog:
         with self._scanning:
             before = dict(self.entries)
             began_s = time.monotonic()
-            found = dict(self._folders(before))
+            try:
+                found = dict(self._folders(before))
+            except OSError as error:  # a disk's trouble says nothing of the adapters: what is known stays
+                self._say_once("", f"the adapters folder cannot be read: {error}; its adapters are as last seen")
+                return
             self._scan_s = time.monotonic() - began_s
             for name in before.keys() - found.keys():
                 self._replace(name, None)
@@ -130,7 +136,7 @@ class Catalog:
             assert (entry.facts is None) != (entry.error is None), "an adapter is either accepted or refused"
 
     def _poll(self, interval_s: float) -> None:
-        while not self._stopping.wait(max(interval_s, self._scan_s / SCAN_SHARE)):
+        while not self._stopping.wait(min(max(interval_s, self._scan_s / SCAN_SHARE), threading.TIMEOUT_MAX)):
             try:
                 self.refresh()
             except Exception:
@@ -149,8 +155,9 @@ class Catalog:
             return
         try:
             names = sorted(os.listdir(self.folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
+        self._said = {name: said for name, said in self._said.items() if name in names}
         for name in names:
             if name.startswith("."):
                 continue
@@ -161,9 +168,15 @@ class Catalog:
                 try:
                     check_adapter_name(name)
                 except InvalidRequest as error:
-                    logger.warning("a folder is left out: %s", error.message)
+                    self._say_once(name, f"a folder is left out: {error.message}")
                     continue
             yield name, signature
+
+    def _say_once(self, name: str, text: str) -> None:
+        """Not at each scan."""
+        if self._said.get(name) != text:
+            self._said[name] = text
+            logger.warning("%s", text)
 
     def _look(self, name: str, signature: Signature, known: CatalogEntry | None) -> CatalogEntry:
         if known is not None and known.signature == signature and not self._has_changed_unseen(known):
@@ -172,7 +185,7 @@ class Catalog:
         # The signature is older than what is read next: a change in between shows as a new signature at the next scan.
         assert self.folder is not None
         path = self.folder / name
-        facts, error = self._read(name, path)
+        facts, error = self._read(name, path, known)
         return CatalogEntry(
             name=name,
             path=path,
@@ -192,11 +205,14 @@ class Catalog:
         except AdapterRejected:
             return True
 
-    def _read(self, name: str, path: Path) -> tuple[AdapterFacts | None, AdapterRejected | None]:
+    def _read(
+        self, name: str, path: Path, known: CatalogEntry | None
+    ) -> tuple[AdapterFacts | None, AdapterRejected | None]:
         try:
             facts = self._admit(path)
         except AdapterRejected as error:
-            logger.warning("refused: %s", error.message)
+            is_news = known is None or known.error is None or known.error.message != error.message
+            logger.log(logging.WARNING if is_news else logging.DEBUG, "refused: %s", error.message)
             return None, error
         except Exception as cause:
             # An edge: whatever a hostile folder brings out, the other adapters are still to be looked at.

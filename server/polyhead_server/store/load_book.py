@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from polyhead_core.errors import PolyheadError
+from polyhead_core.errors import PolyheadError, QueueFull
 
 FAILURE_KEPT_S = 1.0
 """How long a failed load stays failed, so that all who wait for it hear of it; then it may be tried again."""
@@ -93,6 +93,10 @@ class LoadBook:
 
     def room_came_free(self) -> None:
         self._room_version += 1
+
+    def pins_changed(self) -> None:
+        """Those that were refused because of what users had pinned may be tried again."""
+        self._failures = {h: f for h, f in self._failures.items() if not isinstance(f[0], QueueFull)}
 
     def _is_hopeless(self, content_hash: str) -> bool:
         tried = self._no_room.get(content_hash)

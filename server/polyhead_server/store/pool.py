@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from polyhead_core.errors import ConfigError
 from polyhead_core.kernels import dispatch
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 from polyhead_core.sites import SiteMap
@@ -31,14 +32,20 @@ class AdapterPool:
         self.sites = sites
         self.max_pages = -(-max_rank // RANKS_PER_PAGE)
         shape = (num_slots, len(sites))
-        # Zeros, and not empty: memory that was never written must not hold a NaN that 0 * NaN would spread.
-        self.tables = AdapterTables(
-            arena=dispatch.zeros_for_long(num_units * UNIT, dtype, device),
-            num_pages=torch.zeros(shape, dtype=torch.int32, device=device),
-            pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
-            bias=torch.full(shape, -1, dtype=torch.int32, device=device),
-            acts=torch.zeros(shape, dtype=torch.bool),
-        )
+        try:
+            # Zeros, and not empty: memory that was never written must not hold a NaN that 0 * NaN would spread.
+            self.tables = AdapterTables(
+                arena=dispatch.zeros_for_long(num_units * UNIT, dtype, device),
+                num_pages=torch.zeros(shape, dtype=torch.int32, device=device),
+                pages=torch.zeros(*shape, self.max_pages, 2, dtype=torch.int32, device=device),
+                bias=torch.full(shape, -1, dtype=torch.int32, device=device),
+                acts=torch.zeros(shape, dtype=torch.bool),
+            )
+        except RuntimeError as error:  # torch's for memory that is not there, on every device
+            raise ConfigError(
+                f"the adapter pool cannot be had on {device}: lower adapter_pool_bytes, or max_resident_adapters and"
+                f" max_adapter_rank, by which its tables grow; {error}"
+            ) from error
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]

@@ -6,6 +6,7 @@ Everything is keyed by content hash: two names with the same content share one r
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,10 +107,12 @@ class AdapterStore:
 
     @classmethod
     def for_backbone(cls, config: ServerConfig, backbone: BackboneLike, metrics: StoreMetrics) -> AdapterStore:
-        """Raises ConfigError if the adapters folder is no folder."""
+        """Raises ConfigError if the adapters folder is no folder that can be read."""
         folder = Path(config.adapters) if config.adapters else None
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(f"adapters = {config.adapters!r} is not usable: expected an existing folder")
+        if folder is not None and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+            raise ConfigError(
+                f"adapters = {config.adapters!r} is not usable: expected an existing folder that can be read"
+            )
         exact = backbone.quantization == "none" and backbone.dtype == torch.float32
         automatic = torch.float32 if exact else torch.bfloat16
         named = {"auto": automatic, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -343,6 +346,7 @@ class AdapterStore:
 
     def _apply_pins(self) -> None:
         self._cache.residents.set_user_pinned(self._pinned_hashes())
+        self._book.pins_changed()
         self._room_came_free()
 
     def _room_came_free(self) -> None:
