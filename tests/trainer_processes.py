@@ -103,6 +103,23 @@ def _train(
         raise SystemExit(1) from error
 
 
+def _hold(output: Path, taken: Any, leave: Any) -> None:
+    from polyhead_trainer.run_lock import only_run_into
+
+    with only_run_into(output):
+        taken.set()
+        leave.wait()
+
+
+def holding(output: Path) -> tuple[BaseProcess, Any]:
+    """A process that has the lock of `output` until the event is set, or the process killed."""
+    taken, leave = _CONTEXT.Event(), _CONTEXT.Event()
+    process = _CONTEXT.Process(target=_hold, args=(output, taken, leave))
+    process.start()
+    assert taken.wait(60)
+    return process, leave
+
+
 def die_at_disk_call(number: int) -> None:
     """Kills this process at its number-th fsync, rename or mkdir: between any two things that reach the disk."""
     count = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from polyhead_trainer import run as run_module
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.cli import app
 from polyhead_trainer.config import RunConfig, load_config
+from polyhead_trainer.errors import ResumeRefused, StorageFailed
 from polyhead_trainer.export import export
 from tiny import save_backbone
 from trainer_processes import write_run
@@ -74,3 +76,50 @@ def test_by_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     done = CliRunner().invoke(app, ["export", str(file), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert f"an adapter, after step 2, from {CheckpointDirectory(config.output).at(2)}" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.rank=2", "adapter.rank was 4, is 2"),
+        ('adapter.target_modules=["q_proj"]', r'adapter.target_modules was "all-linear", is \["q_proj"\]'),
+        ("adapter.alpha=99", "adapter.alpha was 16, is 99"),
+        ("adapter={method = 'ia3'}", 'adapter.method was "lora", is "ia3"'),
+        ("backbone.quantization=none", 'backbone.quantization was "int8", is "none"'),
+    ],
+)
+def test_settings_of_another_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    """Some would load without an error, and make something else of the tensors."""
+    file = write_run(tmp_path, steps=2)
+    unfinished(file, monkeypatch)
+    with pytest.raises(ResumeRefused, match=f"holds another model: .*{said}"):
+        export(load_config(file, [override]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(load_config(file, ["training.learning_rate=1", "training.max_steps=99"]), tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_and_an_output_without_a_place_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_run(tmp_path, steps=4)
+    config = unfinished(file, monkeypatch)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageFailed, match=r"cannot write .*file/out: .*step-4 stays as it is"):
+        export(config, tmp_path / "file" / "out")
+    last = CheckpointDirectory(config.output).at(4)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:500]), Path.unlink):
+        damage(next(last.glob("*.distcp")))
+        for use in (lambda: export(config, tmp_path / "out"), lambda: resume(config)):
+            with pytest.raises(ResumeRefused, match=r"step-4 cannot be read: .*delete it, and the one before it"):
+                use()
+    (last / ".metadata").unlink()
+    with pytest.raises(ResumeRefused, match=r"step-4 cannot be read: .metadata is missing"):
+        resume(config)
+    shutil.rmtree(last)
+    assert len(resume(config).record.curve) == 4
+
+
+def resume(config: RunConfig) -> run_module.RunResult:
+    return run_module.run(config, Console(quiet=True), resume=True)

@@ -97,6 +97,35 @@ def test_the_message_names_the_examples_that_are_to_blame(tmp_path: Path, monkey
     assert "the adapter after 1 steps" in caught.value.message
 
 
+def test_a_last_step_that_ruins_the_weights_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later step's loss is there to tell: the measurement after training does."""
+    after: list[dict[str, torch.Tensor]] = []
+    own_step = TrainingLoop._step
+
+    def step(self: TrainingLoop, chosen: object) -> StepReport:
+        report = own_step(self, chosen)  # type: ignore[arg-type]
+        after.append(copy_state(self.tuned))
+        if report.step == report.num_steps:
+            for parameter in self._parameters:
+                parameter.data.fill_(1e30)
+        return report
+
+    monkeypatch.setattr(TrainingLoop, "_step", step)
+    config = configuration(tmp_path, "checkpoint.every_steps=1")
+    for resume in (False, True):
+        with pytest.raises(TrainingDiverged, match="after step 3, the last one, the held-out loss is nan") as caught:
+            run(config, Console(quiet=True), resume=resume)
+        message, beside = caught.value.message, config.output.parent
+        assert not config.output.exists()
+        batch = json.loads((beside / "colours.diverged.json").read_text())
+        assert batch["step"] == 3
+        assert len(batch["examples"]) == 6
+        kept = load_file(beside / "colours.last-good" / "adapter_model.safetensors")
+        assert all(kept[name.replace(".default", "")].equal(tensor) for name, tensor in after[1].items())
+        assert f"step-3, with these weights; {beside}/colours.checkpoints/step-2 is from before" in message
+        assert ("the adapter after 2 steps, the last with a finite loss" in message) == (not resume)
+
+
 def test_a_second_failure_replaces_what_the_first_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(tmp_path, "training.max_steps=4", "training.batch_size=18")
     poisoned(monkeypatch, "o", first_bad_step=3)

@@ -17,6 +17,7 @@ from polyhead_trainer.config.adapter import METHODS
 from polyhead_trainer.config.together import parse_together
 from polyhead_trainer.demo_data import prepare
 from polyhead_trainer.recipe_book import find_recipe, recipes
+from polyhead_trainer.record import read_record
 from polyhead_trainer.reevaluate import measure, read_subject
 from polyhead_trainer.together.run import run_together
 from tiny import save_backbone
@@ -79,6 +80,10 @@ def test_a_recipe_runs_and_its_output_is_read_back(folder: Path, monkeypatch: py
     run_once(name)
     config = configuration(name)
     again = measure(read_subject(config.output, []))
+    record = read_record(config.output)
+    assert record is not None
+    assert again.after.answers == record["after"]["answers"]
+    assert again.after.held_out_loss == pytest.approx(record["after"]["held_out_loss"], rel=1e-5)
     assert again.after.held_out_loss != again.before.held_out_loss, "two steps changed nothing"
     if config.evaluate.earlier:
         assert again.after.earlier_loss is not None

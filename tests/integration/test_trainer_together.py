@@ -92,6 +92,14 @@ def test_one_that_diverges_is_reported_and_the_other_published(file: Path, tmp_p
     assert not CheckpointDirectory(tmp_path / "adapters").path.exists()
 
 
+def test_one_whose_last_step_ruins_it_is_not_published(file: Path, tmp_path: Path) -> None:
+    result = train(file, "adapters.sizes.training.batch_size=99", "adapters.sizes.training.learning_rate=1e30")
+    assert list(result.published) == ["colours"]
+    with pytest.raises(TrainingDiverged, match=r"sizes: after step 1, the last one, .*published: colours"):
+        result.raise_for_failures()
+    assert not (tmp_path / "adapters" / "sizes").exists()
+
+
 def test_each_is_told_how_it_has_ended(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One diverges, one is published, and the disk is full at the third."""
     text = file.read_text()

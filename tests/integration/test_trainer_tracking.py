@@ -30,8 +30,8 @@ from polyhead_trainer.tracking.mlflow import MlflowTracker
 from trainer_processes import finish
 
 MEASURED = "training.evaluate_every=2"
-PATTERN = r"layers\.(0|1)\.q_proj"
-PATTERN_NAME = "layers_._0_1__.q_proj"
+PATTERN = r"layers\.(0|1)\.self_attn\.q_proj"
+PATTERN_NAME = "layers_._0_1__.self_attn_.q_proj"
 """In MLflow, which takes no regular expressions for names."""
 Series = dict[str, list[tuple[int, float]]]
 

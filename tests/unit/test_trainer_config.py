@@ -57,6 +57,13 @@ def test_overrides_take_toml_values_and_bare_words(file: Path) -> None:
         ("backbone.quantization=int4", "'int8', 'llm.int8', 'nf4' or 'none'"),
         ("training.max_steps=3", "exactly one of epochs and max_steps"),
         ("training", "expected section.key=value"),
+        ("=5", "expected section.key=value"),
+        ("adapter=3", "adapter = 3: Input should be an object"),
+        ("training.seed=99999999999999999999", "training.seed = 99999999999999999999: Input should be less than"),
+        ("training.num_threads=1000000", "Input should be less than or equal to 1024"),
+        ("training.learning_rate=inf", "training.learning_rate = inf: Input should be a finite number"),
+        ('data.labels=["a", "b", "a"]', "expected two labels or more, each once; 'a' is there twice"),
+        ('data.labels=["a"]', "expected two labels or more, each once"),
         ("output.name=x", "output is a value, not a section"),
     ],
 )
@@ -86,3 +93,8 @@ def test_every_setting_says_what_it_means() -> None:
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_are_valid(recipe: Path) -> None:
     load_run(recipe)
+
+
+def test_the_mark_that_editors_on_windows_write_is_skipped(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load_config(file).training.epochs == 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from polyhead_core.errors import BackboneError
 from polyhead_server.service.prompts import ChatMessage, PromptEncoder
 from polyhead_trainer.batching import collate, epoch_order
 from polyhead_trainer.data import EncodedExample, check_disjoint, encode, load_examples, read_examples
@@ -118,6 +119,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, pad_i
     ("line", "said"),
     [
         ("{", "d.jsonl:2: not valid JSON"),
+        ("[" * 100_000, "d.jsonl:2: not valid JSON"),
+        ("[", "expected one object on every line"),
         ("[1]", "d.jsonl:2: expected an object, got list"),
         ({"prompt": "p"}, 'd.jsonl:2: expected the fields "prompt" and "completion"'),
         ({"prompt": "p", "completion": "c", "extra": 1}, "'extra'"),
@@ -127,6 +130,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, pad_i
         ({"messages": [{"role": "robot", "content": "x"}]}, "d.jsonl:2: messages[0].role = 'robot'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages[0].role = 'user': the last must be assistant"),
         ({"messages": [{"role": "assistant", "content": None}]}, "d.jsonl:2: messages[0].content: expected a text"),
+        ({"messages": [{"role": "user", "text": "x"}]}, """expected an object with "role" and "content", got 'role'"""),
+        ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "alone, got 'name' as well"),
     ],
 )
 def test_bad_lines_are_named_by_file_line_and_field(tmp_path: Path, line: Any, said: str) -> None:
@@ -170,3 +175,30 @@ def test_an_epoch_holds_every_example_once_among_others_of_its_length() -> None:
     assert spread < 15
     assert order == epoch_order(lengths, batch_size=8, seed=1, epoch=0)
     assert order != epoch_order(lengths, batch_size=8, seed=1, epoch=1)
+
+
+def test_the_mark_that_windows_writes_first_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "p", "completion": "c"}\r\n\r\n' * 2)
+    assert [one.origin for one in read_examples([file])] == [f"{file}:1", f"{file}:3"]
+    file.write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(DataError, match="holds no examples"):
+        list(read_examples([file]))
+
+
+def test_what_is_null_in_a_message_is_not_there(tmp_path: Path) -> None:
+    messages = [{"content": "q", "role": "user", "name": None}, {"role": "assistant", "content": "a", "name": None}]
+    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    found, wanted = read_examples([write(tmp_path / "d.jsonl", {"messages": messages}, {"messages": plain})])
+    assert found.messages == wanted.messages
+    assert found.identity == wanted.identity
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.eos_token = None
+    for record in ({"prompt": "p", "completion": "c"}, {"messages": [{"role": "user", "content": "q"}] * 2}):
+        if "messages" in record:
+            record["messages"] = [record["messages"][0], {"role": "assistant", "content": "a"}]  # type: ignore[index]
+        with pytest.raises(BackboneError, match="names no end token"):
+            encoded(tmp_path / "d.jsonl", made, record)

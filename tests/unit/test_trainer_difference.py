@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from local_engine import local_engine
 from polyhead_core.adapter_directory import read_adapter_directory
 from polyhead_core.backbone import load_backbone
+from polyhead_core.errors import ConfigError
 from polyhead_trainer.cli import app
 from polyhead_trainer.difference import Difference, export_difference, truncated_svd
 from polyhead_trainer.errors import DifferenceRefused
@@ -189,3 +190,12 @@ def test_the_verb_prints_the_errors(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "relative error of the change, all linear layers together: " in done.output
     assert "model.layers.0.self_attn.q_proj (changed by" in done.output
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("banana", "expected cpu, cuda"), ("cuda:99", "--device = cuda:99: here is")]
+)
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        export_difference("base", "tuned", tmp_path / "out", rank=2, device=device)
+    assert not list(tmp_path.iterdir())

@@ -228,3 +228,18 @@ def test_an_example_says_where_it_is_from(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "d.csv", PAIRS)
     found: list[Example] = list(read_examples([file]))
     assert [one.origin for one in found] == [f"{file}:2", f"{file}:4", f"{file}:5"]
+
+
+def test_a_folders_name_is_no_pattern(tmp_path: Path) -> None:
+    for name, text in (("set*", "mine"), ("set1", "another's"), ("data [v2]", "second"), ("where?", "third")):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [{"prompt": text, "completion": "c"}])
+    for name, text in (("set*", "mine"), ("data [v2]", "second"), ("where?", "third")):
+        assert [prompt for _, prompt, *_ in contents(tmp_path / name)] == [text]
+
+
+def test_a_table_whose_texts_are_no_utf_8_is_refused(tmp_path: Path) -> None:
+    offsets, bad = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    prompts = pyarrow.StringArray.from_buffers(1, offsets, bad)
+    parquet.write_table(pyarrow.table({"prompt": prompts, "completion": ["c"]}), tmp_path / "d.parquet")
+    assert "d.parquet: not a readable Parquet file: 'utf-8' codec" in refusal(tmp_path / "d.parquet")

@@ -80,7 +80,7 @@ def load(settings: BackboneSection, *, shared: bool = False) -> Backbone:
     )
 
 
-def check_device(name: str) -> None:
+def check_device(name: str, setting: str = "backbone.device") -> None:
     """Raises ConfigError for a GPU that is not there."""
     device = torch.device(name)
     if device.type == "cpu":
@@ -91,8 +91,8 @@ def check_device(name: str) -> None:
     there = f"{num_gpus} GPUs, numbered from 0" if num_gpus else "no GPU that this PyTorch can use"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
     raise ConfigError(
-        f"backbone.device = {name}: here is {there} (PyTorch {torch.__version__}, built for {built}; `nvidia-smi` "
-        f"shows what the driver has): set backbone.device = {'cuda' if num_gpus else 'cpu'}, or run on another machine"
+        f"{setting} = {name}: here is {there} (PyTorch {torch.__version__}, built for {built}; `nvidia-smi` "
+        f"shows what the driver has): set {setting} = {'cuda' if num_gpus else 'cpu'}, or run on another machine"
     )
 
 

@@ -19,6 +19,7 @@ from polyhead_core.adapter_directory import (
 )
 from polyhead_core.errors import AdapterMismatch, ConfigError
 from polyhead_trainer.errors import OutputExists
+from polyhead_trainer.storage import writing
 
 SERVER_TIMEOUT_S = 10.0
 _AT_FDCWD = -100
@@ -37,7 +38,7 @@ def deliver(
 ) -> Delivered:
     """Copies all of `adapter` to `folder`/`name`; with `server` (host:port) after it said that its backbone is right.
 
-    Raises AdapterRejected and its kin, InvalidRequest, OutputExists, ConfigError.
+    Raises AdapterRejected and its kin, InvalidRequest, OutputExists, ConfigError, StorageFailed.
     """
     files = read_adapter_directory(adapter.resolve())
     name = name or adapter.resolve().name
@@ -51,18 +52,23 @@ def deliver(
     remarks = []
     if server is not None:
         remarks = check_server(server, files.backbone_fingerprint, files.quantization)
+    with writing(target, "what was there is as it was"):
+        _copy(adapter, target, files.content_hash, overwrite)
+    return Delivered(path=target, content_hash=files.content_hash, remarks=remarks)
+
+
+def _copy(adapter: Path, target: Path, identity: str, overwrite: bool) -> None:
     # A name with a dot in front is no adapter to a server.
-    staging = Path(tempfile.mkdtemp(prefix=f".{name[:100]}.", dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
     try:
         shutil.copytree(adapter, staging, symlinks=True, dirs_exist_ok=True)
         _make_readable(staging)
-        if content_hash(staging) != files.content_hash:
+        if content_hash(staging) != identity:
             raise ConfigError(f"{adapter} changed while it was copied: publish it again once it has settled")
         _check_target(target, overwrite)
         put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Delivered(path=target, content_hash=files.content_hash, remarks=remarks)
 
 
 def check_server(server: str, fingerprint: str | None, quantization: str | None) -> list[str]:

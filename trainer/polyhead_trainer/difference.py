@@ -20,10 +20,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from polyhead_core.adapter_directory import stamp_backbone
 from polyhead_core.backbone import Backbone, load_backbone
-from polyhead_trainer.backbones import HUB_NAMES
+from polyhead_core.errors import ConfigError
+from polyhead_trainer.backbones import HUB_NAMES, check_device
+from polyhead_trainer.config.sections import of_known_kind
 from polyhead_trainer.errors import DifferenceRefused
+from polyhead_trainer.methods.peft_tuned import stamp
 from polyhead_trainer.staging import new_directory
 
 RECORD_FILE = "polyhead_difference.json"
@@ -88,8 +90,9 @@ def export_difference(
 ) -> Difference:
     """Writes the adapter for `base` in PEFT's format. Holds both models in float32, and works layer by layer.
 
-    Raises DifferenceRefused, BackboneError, OutputExists.
+    Raises DifferenceRefused, BackboneError, ConfigError, OutputExists, StorageFailed.
     """
+    _check_device(device)
     with new_directory(output) as staging:
         backbone, changed = (
             load_backbone(source, quantization="none", dtype="float32", cache_dir=cache_dir) for source in (base, tuned)
@@ -100,10 +103,18 @@ def export_difference(
             raise DifferenceRefused(f"no linear layer of {tuned!r} differs from {base!r}: there is nothing to export")
         lost = _lost_changes(backbone.model, changed.model)
         errors = _write(backbone, changed.model, layers, staging, rank, torch.device(device))
-        content_hash = stamp_backbone(staging, fingerprint=backbone.fingerprint, quantization="none")
+        content_hash = stamp(staging, fingerprint=backbone.fingerprint, quantization="none")
         difference = Difference(output=output, content_hash=content_hash, rank=rank, layers=errors, lost=lost)
         (staging / RECORD_FILE).write_text(difference.to_json(), encoding="utf-8")
     return difference
+
+
+def _check_device(device: str) -> None:
+    try:
+        of_known_kind(device)
+    except ValueError as error:
+        raise ConfigError(f"--device = {device}: {error}") from error
+    check_device(device, "--device")
 
 
 def truncated_svd(change_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from polyhead_trainer.checkpoint import CheckpointDirectory
 from polyhead_trainer.errors import TrainingDiverged
+from polyhead_trainer.evaluate import Measures
 from polyhead_trainer.loop import StepReport, TrainingLoop
 from polyhead_trainer.methods import Tuned
 from polyhead_trainer.parallel import Ranks, gather_trained
@@ -55,6 +57,18 @@ class LastGood:
         return True
 
 
+def diverged_at_the_end(loop: TrainingLoop, before: Measures, after: Measures) -> TrainingDiverged | None:
+    """Where the last step's update is what has ruined the weights: no later step's loss could tell."""
+    if math.isfinite(after.held_out_loss) or not math.isfinite(before.held_out_loss):
+        return None
+    return TrainingDiverged(
+        f"after step {loop.step}, the last one, the held-out loss is {after.held_out_loss}: not a number any more; try "
+        "a smaller training.learning_rate",
+        step=loop.step,
+        examples=loop.last_examples,
+    )
+
+
 def keep_what_is_left(
     error: TrainingDiverged,
     last_good: LastGood,
@@ -68,6 +82,9 @@ def keep_what_is_left(
     On several ranks this is the main one's, after the loop has told `last_good` on all of them. Checkpoints stay as
     they are.
     """
+    checkpoints = _checkpoints_left(CheckpointDirectory(output), error.step)
+    if not error.examples:  # the step was another process's, which has kept what there was
+        return TrainingDiverged(error.message + checkpoints, step=error.step)
     batch_file = _beside(output, "diverged.json")
     rows = [
         {
@@ -87,8 +104,7 @@ def keep_what_is_left(
         message += f"; the adapter after {last_good.good_step} steps, the last with a finite loss, is in {place}"
     elif tuned.is_adapter:
         message += "; no earlier step had shown a finite loss, so that no adapter is kept"
-    message += _checkpoints_left(CheckpointDirectory(output), error.step)
-    return TrainingDiverged(message, step=error.step, examples=error.examples)
+    return TrainingDiverged(message + checkpoints, step=error.step, examples=error.examples)
 
 
 def _checkpoints_left(checkpoints: CheckpointDirectory, failed_step: int) -> str:
@@ -100,7 +116,8 @@ def _checkpoints_left(checkpoints: CheckpointDirectory, failed_step: int) -> str
     if steps[-1] < failed_step - 1:
         return f"; the last checkpoint is {last}"
     earlier = f"; {checkpoints.at(steps[-2])} is from before" if len(steps) > 1 else ""
-    return f"; the last checkpoint is {last}, with the weights that step {failed_step} began with{earlier}"
+    which = "these weights" if steps[-1] >= failed_step else f"the weights that step {failed_step} began with"
+    return f"; the last checkpoint is {last}, with {which}{earlier}"
 
 
 def _beside(output: Path, suffix: str) -> Path:

@@ -4,6 +4,7 @@ PolyheadError
 ├── ConfigError        polyhead_core: a setting that cannot be used
 ├── DataError          a training or evaluation file that cannot be used: names file, line and field
 ├── OutputExists       a finished run is there and `--overwrite` was not given
+├── OutputBusy         another process is training into the same output
 ├── CheckpointExists   an unfinished run is there and `--resume` was not given
 ├── ResumeRefused      what is to be continued is another run: names what changed
 ├── StorageFailed      a checkpoint or the output could not be written: disk full, no permission
@@ -33,6 +34,10 @@ class DataError(PolyheadError):
 
 class OutputExists(PolyheadError):
     reason = "OUTPUT_EXISTS"
+
+
+class OutputBusy(PolyheadError):
+    reason = "OUTPUT_BUSY"
 
 
 class CheckpointExists(PolyheadError):

@@ -228,6 +228,8 @@ def _earlier_examples(
 def _choice_ids(
     choices: Sequence[str], held_out: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
+    if "" in choices:
+        raise ConfigError(f"evaluate.choices = {list(choices)}: an empty text is no completion")
     first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
     if len(set(first)) < len(first):
         raise ConfigError(f"evaluate.choices = {list(choices)}: two of them start with the same token")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.state_dict_loader import load
-
 from polyhead_core.errors import ConfigError
 from polyhead_trainer import backbones, methods
 from polyhead_trainer.checkpoint import CheckpointDirectory, SavedRun
+from polyhead_trainer.checkpoint.tensors import load_into
 from polyhead_trainer.config import RunConfig
 from polyhead_trainer.publish import check_output, publish_without_record
+from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import open_task
 
 
@@ -27,17 +27,20 @@ class Exported:
 def export(config: RunConfig, output: Path, *, step: int | None = None) -> Exported:
     """Of the checkpoint after `step`, the latest by default, written by however many ranks, in one process.
 
-    Raises ConfigError, ResumeRefused, BackboneError, AdapterMismatch.
+    Raises ConfigError, ResumeRefused, BackboneError, AdapterMismatch, StorageFailed.
     """
     check_output(output, overwrite=False)
     checkpoint = _checkpoint(CheckpointDirectory(config.output), step)
     saved = SavedRun.read(checkpoint)
     backbone = backbones.load(backbones.on_host(config.backbone))
     backbones.check_trained_on(backbone, checkpoint, saved.identity.backbone_fingerprint)
-    tuned = methods.tune(open_task(config, backbone).backbone, config.adapter, config.training.seed)
-    load({"trained": tuned.trained_state()}, checkpoint_id=checkpoint, no_dist=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    publish_without_record(tuned, output, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
+    task = open_task(config, backbone)
+    saved.identity.check_makes(config.with_labels(task.labels), checkpoint)
+    tuned = methods.tune(task.backbone, config.adapter, config.training.seed)
+    load_into({"trained": tuned.trained_state()}, checkpoint)
+    with writing(output, f"{checkpoint} stays as it is"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        publish_without_record(tuned, output, fingerprint=backbone.fingerprint, quantization=backbone.quantization)
     return Exported(checkpoint=checkpoint, step=saved.step, output=output, is_adapter=tuned.is_adapter)
 
 

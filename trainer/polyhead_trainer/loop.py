@@ -72,6 +72,8 @@ class TrainingLoop:
         self.num_steps = count_steps(settings, len(examples))
         self.step = 0
         """Optimizer steps done."""
+        self.last_examples: Sequence[EncodedExample] = ()
+        """Of the last of them that this process has done."""
         self.stopped_because: str | None = None
         self.optimizer = make_optimizer(tuned.parameter_groups(settings), settings)
         self._parallel = parallel or Parallel(Ranks(), tuned.model)
@@ -142,6 +144,7 @@ class TrainingLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.last_examples = chosen
         return StepReport(
             step=self.step,
             num_steps=self.num_steps,

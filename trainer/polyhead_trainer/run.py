@@ -16,7 +16,7 @@ from polyhead_trainer import backbones, methods, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, Checkpointer, RunIdentity, SavedRun, Stateful, restore
 from polyhead_trainer.config import AdapterSettings, RunConfig
 from polyhead_trainer.data import ExampleStream
-from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.divergence import LastGood, diverged_at_the_end, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.evaluate import Measures
@@ -39,6 +39,7 @@ from polyhead_trainer.profiling import StepProfiler
 from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_shared
+from polyhead_trainer.run_lock import only_run_into
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.tokens import padding_id
@@ -104,6 +105,7 @@ class _Trained:
     energy: EnergyMeter
     saved: SavedRun
     """As the run began, or where it was continued."""
+    last_good: LastGood
     seconds: float
 
 
@@ -121,7 +123,9 @@ def _run(config: RunConfig, console: Console, ranks: Ranks, overwrite: bool, res
     run = _prepare(config, console, ranks)
     report.print_plan(console, run.config, run.facts, run.data, run.trainable, run.loop.num_steps)
     # One of several ranks may be waiting for the others when the signal comes, and would go on waiting.
-    with unwinding_at_sigterm() if ranks.size == 1 else nullcontext(), run.tracking.failing_with():
+    unwinding = unwinding_at_sigterm() if ranks.size == 1 else nullcontext()
+    alone = only_run_into(config.output) if ranks.is_main else nullcontext()
+    with unwinding, alone, run.tracking.failing_with():
         return _train_and_publish(run, checkpoints, console, ranks, overwrite, started)
 
 
@@ -131,8 +135,11 @@ def _train_and_publish(
     trained = _train(run, checkpoints, console, ranks)
     console.print("measuring the tuned model on the same examples")
     with without_backward(run.tuned.model):
-        after = run.evaluator.measure(run.tuned.model)
+        after = ranks.from_main(run.evaluator.measure(run.tuned.model))
     run.tracking.measured(after, run.loop.step)
+    if (error := diverged_at_the_end(run.loop, trained.saved.before, after)) is not None:
+        trained.last_good.after_divergence(run.loop)
+        raise _diverged(run, error, trained.last_good, ranks)
 
     record = RunRecord(
         config=run.config,
@@ -170,7 +177,7 @@ def _prepare(config: RunConfig, console: Console, ranks: Ranks) -> _Prepared:
         backbone = backbones.load(section, shared=not alone)
     task = open_task(config, backbone)
     config = config.with_labels(task.labels)
-    data = open_data(config.data, backbone.tokenizer, task.encode)
+    data = open_data(config.data, backbone, task.encode)
     evaluator = task.evaluator(data.held_out.examples)
 
     facts = BackboneFacts.of(backbone)
@@ -251,10 +258,7 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         checkpointer.wait()
     except TrainingDiverged as error:
         checkpointer.close()
-        if ranks.is_main:
-            error = keep_what_is_left(error, last_good, tuned, config.output, run.facts, ranks)
-        message = ranks.from_main(error.message)
-        raise TrainingDiverged(message, step=error.step, examples=error.examples) from error
+        raise _diverged(run, error, last_good, ranks) from error
     finally:
         checkpointer.close()
     if loop.stopped_because is not None:
@@ -269,8 +273,16 @@ def _train(run: _Prepared, checkpoints: CheckpointDirectory, console: Console, r
         memory=memory,
         energy=energy,
         saved=saved,
+        last_good=last_good,
         seconds=seconds,
     )
+
+
+def _diverged(run: _Prepared, error: TrainingDiverged, last_good: LastGood, ranks: Ranks) -> TrainingDiverged:
+    """What the main rank has kept is told of on all of them."""
+    if ranks.is_main:
+        error = keep_what_is_left(error, last_good, run.tuned, run.config.output, run.facts, ranks)
+    return TrainingDiverged(ranks.from_main(error.message), step=error.step, examples=error.examples)
 
 
 def measure_before(evaluator: Evaluator, tuned: Tuned, settings: AdapterSettings) -> Measures:

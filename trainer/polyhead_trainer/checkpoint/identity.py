@@ -41,6 +41,10 @@ CHANGES_ROUNDING = (
 """Settings that may differ too, and are told of: what saves memory must not cost the run that ran out of it."""
 
 
+MAKES_THE_MODEL = ("task", "adapter.", "data.labels", "backbone.quantization")
+"""Settings without which the trained tensors mean something else, as above."""
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     settings: dict[str, str]
@@ -84,10 +88,22 @@ class RunIdentity:
             )
         return _remarks(_changes(saved.rounding, self.rounding))
 
+    def check_makes(self, config: RunConfig, origin: object) -> None:
+        """Raises ResumeRefused where `config` makes another model than the one whose tensors are in `origin`."""
+        now, saved = (
+            {name: value for name, value in settings.items() if _is_among(name, MAKES_THE_MODEL)}
+            for settings in (flat_settings(config), self.settings)
+        )
+        if changes := _changes(saved, now):
+            raise ResumeRefused(f"{origin} holds another model: {'; '.join(changes)}. Set back what changed")
+
 
 def may_differ(name: str) -> bool:
     """Whether a run can be continued with another value of the setting."""
-    known = (*CHANGES_NOTHING, *CHANGES_ROUNDING)
+    return _is_among(name, (*CHANGES_NOTHING, *CHANGES_ROUNDING))
+
+
+def _is_among(name: str, known: Sequence[str]) -> bool:
     return any(name == one or (one.endswith(".") and name.startswith(one)) for one in known)
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from polyhead_trainer.errors import ResumeRefused
 from polyhead_trainer.loop import TrainingLoop
+
+METADATA_FILE = ".metadata"
+"""Of torch.distributed.checkpoint: which tensor is in which file."""
 
 
 def gather(loop: TrainingLoop, rank: int) -> dict[str, Any]:
@@ -19,6 +26,24 @@ def gather(loop: TrainingLoop, rank: int) -> dict[str, Any]:
     """
     states = get_optimizer_state_dict(loop.tuned.model, loop.optimizer)["state"]
     return {"trained": loop.tuned.trained_state(), "optimizer": states, f"random-{rank}": random_state()}
+
+
+def load_into(state: dict[str, Any], checkpoint: Path, *, alone: bool = True) -> None:
+    """Fills the tensors of `state` with what `checkpoint` holds; `alone`: in one process. Raises ResumeRefused."""
+    if not (checkpoint / METADATA_FILE).is_file():
+        raise _damaged(checkpoint, f"{METADATA_FILE} is missing")
+    try:
+        load(state, checkpoint_id=checkpoint, no_dist=alone)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise _damaged(checkpoint, str(cause).partition("\n")[0] or type(cause).__name__) from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> ResumeRefused:
+    return ResumeRefused(
+        f"{checkpoint} cannot be read: {reason}; it is damaged, or was changed by something else: delete it, and the "
+        "one before it, where there is one, is taken"
+    )
 
 
 def put_back(loop: TrainingLoop, loaded: dict[str, Any], rank: int) -> None:

@@ -13,12 +13,11 @@ from typing import Any, Protocol, TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from polyhead_trainer.checkpoint.directory import CheckpointDirectory
 from polyhead_trainer.checkpoint.identity import RunIdentity
-from polyhead_trainer.checkpoint.tensors import gather, put_back
+from polyhead_trainer.checkpoint.tensors import gather, load_into, put_back
 from polyhead_trainer.config import CheckpointSection
 from polyhead_trainer.errors import ResumeRefused
 from polyhead_trainer.evaluate import Measures
@@ -210,7 +209,7 @@ def restore(checkpoint: Path, loop: TrainingLoop, stateful: Mapping[str, Statefu
     state = gather(loop, ranks.rank) | stateful_tensors(loop, stateful)
     if saved.num_ranks != ranks.size:
         del state[f"random-{ranks.rank}"]
-    load(state, checkpoint_id=checkpoint, no_dist=ranks.size == 1)
+    load_into(state, checkpoint, alone=ranks.size == 1)
     put_back(loop, state, ranks.rank)
     loop.step, loop.stopped_because = saved.step, saved.stopped_because
     for name, hook in stateful.items():

@@ -221,7 +221,9 @@ METHODS: dict[str, type[Section]] = {
 
 
 def _method(values: Any) -> str:
-    return str(values.get("method", DEFAULT_METHOD) if isinstance(values, dict) else values.method)
+    if isinstance(values, dict):
+        return str(values.get("method", DEFAULT_METHOD))
+    return str(getattr(values, "method", DEFAULT_METHOD))
 
 
 AdapterSettings = Annotated[

@@ -30,7 +30,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read_values(file: Path) -> dict[str, Any]:
     """Raises ConfigError."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        # With the mark in front that editors on Windows write.
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {file}: {error}") from error
 
@@ -62,7 +63,7 @@ def _refuse_method(values: dict[str, Any], origin: str) -> None:
 def override(values: dict[str, Any], text: str) -> None:
     """Puts `section.key=value` into the nested `values`. Raises ConfigError."""
     key, separator, value = text.partition("=")
-    if not separator:
+    if not separator or not key.strip():
         raise ConfigError(f"--set {text!r}: expected section.key=value")
     *sections, name = key.strip().split(".")
     for section in sections:

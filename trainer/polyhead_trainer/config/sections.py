@@ -20,7 +20,14 @@ def _of_one_form(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-def _of_known_kind(device: str) -> str:
+def _told_apart(labels: list[str]) -> list[str]:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if len(labels) == 1 or twice:
+        raise ValueError(f"expected two labels or more, each once{f'; {twice[0]!r} is there twice' if twice else ''}")
+    return labels
+
+
+def of_known_kind(device: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError("expected cpu, cuda, or cuda:N for one GPU of several")
     return device
@@ -39,7 +46,7 @@ class BackboneSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16.
     On a CPU that multiplies bfloat16 itself, int8 trains 1.5 times as fast with it (Zen 5)."""
-    device: Annotated[str, AfterValidator(_of_known_kind)] = "cpu"
+    device: Annotated[str, AfterValidator(of_known_kind)] = "cpu"
     """`cpu`, `cuda`, or `cuda:N` for one GPU of several."""
     cache_dir: Path | None = None
     """Where converted backbones are kept; unset: `$POLYHEAD_CACHE`, `$XDG_CACHE_HOME/polyhead`, `~/.cache/polyhead`."""
@@ -66,8 +73,9 @@ class DataSection(Section):
     """With streaming: records that are held to be drawn from at random; the order of the files is random too. Data
     sorted by kind want a buffer larger than a kind's stretch."""
     max_length: Positive = 512
-    """Examples of more tokens are left out, and counted."""
-    labels: list[str] = []
+    """Examples of more tokens are left out, and counted; one of fewer that the backbone has no positions for is an
+    error."""
+    labels: Annotated[list[str], AfterValidator(_told_apart)] = []
     """For classification: every label, in the order of the scores; empty: those of `train`, the commonest first."""
     name: str = ""
     """The data's name, for the model card."""
@@ -135,9 +143,9 @@ class TrainingSection(Section):
     keep: Literal["last", "best"] = "last"
     """Which weights a run ends with: the last step's, or those of the best measured held-out loss, of which a copy is
     held in host memory. That choice makes the held-out loss a little too good."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the adapter's initial weights, the dropout and the order of the data."""
-    num_threads: Count = 0
+    num_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Compute threads; 0: as torch chooses."""
 
     @model_validator(mode="after")

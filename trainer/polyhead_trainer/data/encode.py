@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from polyhead_core.control_tokens import ControlTokens
 from polyhead_trainer.data.examples import EncodedExample, Example, Form
 from polyhead_trainer.errors import DataError
+from polyhead_trainer.tokens import end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> EncodedExample:
     """Raises DataError for a record of another form, or a conversation that the chat template does not lay out turn
-    after turn."""
+    after turn; BackboneError for a tokenizer without an end token."""
     expect_form(example, "completion", "messages")
-    pieces = _chat_pieces(example, tokenizer) if example.messages else _completion_pieces(example, tokenizer)
+    end = end_id(tokenizer)
+    pieces = _chat_pieces(example, tokenizer) if example.messages else _completion_pieces(example, tokenizer, end)
     token_ids = [token for ids, _ in pieces for token in ids]
     is_label = [label for ids, label in pieces for _ in ids]
     prompt_length = sum(len(ids) for ids, _ in pieces[:-1])
@@ -33,11 +35,11 @@ def expect_form(example: Example, *forms: Form) -> None:
         )
 
 
-def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:
+def _completion_pieces(example: Example, tokenizer: PreTrainedTokenizerBase, end: int) -> list[tuple[list[int], bool]]:
     # Apart, because the server sees the prompt alone; without control tokens, because it takes prompts as plain text.
     prompt = tokenizer(example.prompt, split_special_tokens=True)["input_ids"]
     completion = tokenizer(example.completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [(prompt, False), ([*completion, tokenizer.eos_token_id], True)]
+    return [(prompt, False), ([*completion, end], True)]
 
 
 def _chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 from collections.abc import Callable, Iterator
@@ -54,8 +55,9 @@ def data_file(path: Path) -> DataFile:
 
 def _json_lines(file: IO[bytes], name: str) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield Row(f"{name}:{number}", line)
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if text.strip():
+            yield Row(f"{name}:{number}", text)
 
 
 def _csv(file: IO[bytes], name: str) -> Iterator[Row]:
@@ -107,7 +109,7 @@ def _parquet(file: IO[bytes], name: str) -> Iterator[Row]:
                 number += 1
                 origin = f"{name}: row {number}"
                 yield Row(origin, named(record, origin))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name}: not a readable Parquet file: {error}") from error
 
 

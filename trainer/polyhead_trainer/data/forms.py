@@ -66,18 +66,24 @@ def _plain(value: Any, field: str) -> Any:
 def _messages(value: Any, origin: str) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{origin}: messages: expected a list of messages")
-    for index, message in enumerate(value):
-        where = f"{origin}: messages[{index}]"
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise DataError(f'{where}: expected an object with "role" and "content"')
-        if message["role"] not in ROLES:
-            raise DataError(f"{where}.role = {message['role']!r}: expected one of {', '.join(ROLES)}")
-        _text(message["content"], f"{where}.content")
-    if value[-1]["role"] != "assistant":
+    messages = [_message(message, f"{origin}: messages[{index}]") for index, message in enumerate(value)]
+    if messages[-1]["role"] != "assistant":
         raise DataError(
             f"{origin}: messages[{len(value) - 1}].role = {value[-1]['role']!r}: the last must be assistant"
         )
-    return tuple(value)
+    return tuple(messages)
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    """Tables have a column for everything that any message of them has: what is null here is not there."""
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        got = ", ".join(map(repr, message)) if isinstance(message, dict) else type(message).__name__
+        raise DataError(f'{where}: expected an object with "role" and "content", got {got or "none"}')
+    if others := [key for key, part in message.items() if key not in ("role", "content") and part is not None]:
+        raise DataError(f'{where}: expected "role" and "content" alone, got {others[0]!r} as well')
+    if message["role"] not in ROLES:
+        raise DataError(f"{where}.role = {message['role']!r}: expected one of {', '.join(ROLES)}")
+    return {"role": message["role"], "content": _text(message["content"], f"{where}.content")}
 
 
 def _text(value: Any, where: str) -> str:

@@ -39,5 +39,5 @@ def _json(line: bytes, origin: str) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: not UTF-8: {error}") from error
-    except ValueError as error:
-        raise DataError(f"{origin}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: not valid JSON: {error}; expected one object on every line") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from collections.abc import Iterable
@@ -66,8 +67,9 @@ def _files_of_split(directory: Path, split: str | None, name: str) -> list[Path]
     files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in FORMATS)
     if not files:
         raise DataError(f"{directory} holds no data files: expected names that end in {', '.join(formats)}")
-    patterns = get_data_patterns(str(directory))
-    by_split = DataFilesDict.from_patterns(patterns, base_path=str(directory), allowed_extensions=formats)
+    base = glob.escape(str(directory))  # else `data [v2]` is no folder, and `set*` others besides
+    patterns = get_data_patterns(base)
+    by_split = DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=formats)
     chosen = cast(DataFilesList, choose_split({str(key): value for key, value in by_split.items()}, split, name))
     placed = {Path(file).resolve() for some in by_split.values() for file in some}
     odd = [str(file) for file in files if file.resolve() not in placed]

@@ -12,6 +12,7 @@ from pathlib import Path
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.demo_data.catalogue import translations
 from polyhead_trainer.demo_data.sources import DJANGO, VADER, PackageFiles
+from polyhead_trainer.storage import writing
 
 LABEL_THRESHOLD = 0.5
 """Mean ratings (of 20 people, -4 to 4) at least this far from 0 are positive or negative."""
@@ -28,9 +29,17 @@ Record = dict[str, str]
 
 
 def prepare(output: Path, cache_dir: Path | None = None) -> list[str]:
-    """Writes the files below `output`; returns lines that say what they are. Raises BackboneError where pip fails."""
+    """Writes the files below `output`; returns lines that say what they are.
+
+    Raises BackboneError where pip fails, StorageFailed.
+    """
     cache = cache_dir or default_cache_dir()
     vader, django = VADER.open(cache), DJANGO.open(cache)
+    with writing(output, "it is not complete"):
+        return _write(output, vader, django)
+
+
+def _write(output: Path, vader: PackageFiles, django: PackageFiles) -> list[str]:
     ratings = vader.inner("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     output.mkdir(parents=True, exist_ok=True)
     notes = [

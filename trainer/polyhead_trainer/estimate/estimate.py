@@ -51,7 +51,7 @@ def estimate(config: RunConfig | TogetherConfig, *, nproc: int = 1) -> Estimate:
     num_shards = nproc if config.parallel.strategy == "fsdp" else 1
     backbone = empty_backbone(config.backbone)
     task = open_task(config, backbone)
-    data = open_data(config.data, backbone.tokenizer, task.encode)
+    data = open_data(config.data, backbone, task.encode)
     held_out = data.held_out.examples
     evaluator = text_evaluator(task, config.evaluate, held_out)
     batches, accumulates = _micro_batches(config, data, nproc)
@@ -167,7 +167,7 @@ def _estimate_together(config: TogetherConfig, nproc: int) -> Estimate:
 
 def _join(shared: SharedBackbone, name: str, run: RunConfig) -> _Joining:
     task = open_task(run, shared.backbone)
-    data = open_data(run.data, shared.backbone.tokenizer, task.encode)
+    data = open_data(run.data, shared.backbone, task.encode)
     adapter = _fresh(run.adapter)
     assert isinstance(adapter, LoraSettings), "checked with the configuration"
     evaluator = text_evaluator(task, run.evaluate, data.held_out.examples)

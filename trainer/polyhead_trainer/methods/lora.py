@@ -13,11 +13,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from polyhead_core.adapter_directory import stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import ConfigError
 from polyhead_trainer.config import LoraSettings, TrainingSection
-from polyhead_trainer.methods.peft_tuned import PeftTuned, task_type, wrap
+from polyhead_trainer.methods.peft_tuned import PeftTuned, stamp, task_type, wrap
 from polyhead_trainer.methods.tuned import at_one_rate, trained_parameters
 from polyhead_trainer.parallel import held_as, reshard
 
@@ -70,7 +69,7 @@ class ResidualTuned(LoraTuned):
             self.model.save_pretrained(
                 str(directory), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
-        return stamp_backbone(directory, fingerprint=fingerprint, quantization=quantization)
+        return stamp(directory, fingerprint=fingerprint, quantization=quantization)
 
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:
@@ -137,4 +136,9 @@ def _targets(backbone: Backbone, settings: LoraSettings) -> str | list[str]:
         for path, module in backbone.model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "score" not in path.split(".")
     }
+    if not linear:
+        raise ConfigError(
+            f"adapter.target_modules = all-linear: {type(backbone.model).__name__} keeps no layer as torch.nn.Linear "
+            '(GPT-2 has Conv1D): name the layers, as in ["c_attn"]'
+        )
     return sorted(linear)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from polyhead_core.adapter_directory import read_adapter_directory, stamp_backbone
+from polyhead_core.adapter_directory import CONFIG_FILE, read_adapter_directory, stamp_backbone
 from polyhead_core.backbone import Backbone
 from polyhead_core.errors import AdapterMismatch, ConfigError
 from polyhead_core.int8 import Int8Linear
@@ -20,6 +23,8 @@ from polyhead_trainer.methods.tuned import TrainedAtOneRate
 
 HINT = "give the [adapter] settings that it was trained with (`trainer inspect` shows them)"
 """For one that a run cannot start from."""
+SETS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
+"""In peft's configurations."""
 
 
 @dataclass
@@ -41,7 +46,22 @@ class PeftTuned(TrainedAtOneRate):
 
     def save(self, directory: Path, *, fingerprint: str, quantization: str) -> str:
         self.model.save_pretrained(str(directory), save_embedding_layers=self.save_embedding_layers)
-        return stamp_backbone(directory, fingerprint=fingerprint, quantization=quantization)
+        return stamp(directory, fingerprint=fingerprint, quantization=quantization)
+
+
+def stamp(directory: Path, *, fingerprint: str, quantization: str) -> str:
+    """Completes what peft has saved with the backbone's identity; returns its own.
+
+    peft writes sets of names in an order that differs from process to process: equal adapters would have unequal
+    identities.
+    """
+    file = directory / CONFIG_FILE
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if key in SETS and isinstance(value, list):
+            config[key] = sorted(value)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return stamp_backbone(directory, fingerprint=fingerprint, quantization=quantization)
 
 
 def task_type(model: nn.Module) -> str:
@@ -66,8 +86,11 @@ def reload_peft(backbone: Backbone, directory: Path) -> PeftModel:
 def wrap(backbone: Backbone, config: PeftConfig, warm_start: Path | None = None) -> PeftModel:
     """Raises ConfigError; with `warm_start`, AdapterRejected and its kin as well."""
     try:
-        model = get_peft_model(backbone.model, config)
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        with warnings.catch_warnings():
+            # Of a pattern that no module matches: a run would go on without it.
+            warnings.filterwarnings("error", message=".*_pattern keys did not match", category=RuntimeWarning)
+            model = get_peft_model(backbone.model, config)
+    except (ValueError, IndexError, TypeError, AttributeError, re.error, RuntimeWarning) as error:
         raise ConfigError(f"peft refuses the [adapter] settings on this backbone: {error}") from error
     model.peft_config["default"].base_model_name_or_path = HUB_NAMES.get(backbone.source, backbone.source)
     if warm_start is not None:

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict_loader import load
-
 from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
-from polyhead_trainer.checkpoint.tensors import gather, put_back
+from polyhead_trainer.checkpoint.tensors import gather, load_into, put_back
 from polyhead_trainer.checkpoint.writer import CheckpointWriter, read_state, state_text, stateful_tensors
 from polyhead_trainer.config import CheckpointSection
 from polyhead_trainer.energy import EnergyMeter
@@ -119,7 +117,7 @@ def restore_together(
     for course in courses:
         with shared.only(course.member):
             state[course.member.name] = _gather(course, stateful[course.member.name])
-    load(state, checkpoint_id=checkpoint, no_dist=True)
+    load_into(state, checkpoint)
     energy.load_state_dict(saved.energy)
     for course in courses:
         name = course.member.name

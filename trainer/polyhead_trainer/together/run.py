@@ -16,7 +16,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_trainer import backbones, report
 from polyhead_trainer.checkpoint import CheckpointDirectory, RunIdentity, SavedRun, Stateful
 from polyhead_trainer.config import LoraSettings, RunConfig, TogetherConfig
-from polyhead_trainer.divergence import LastGood, keep_what_is_left
+from polyhead_trainer.divergence import LastGood, diverged_at_the_end, keep_what_is_left
 from polyhead_trainer.energy import EnergyMeter, readable_counters
 from polyhead_trainer.errors import TrainingDiverged
 from polyhead_trainer.held_out_watch import HeldOutWatch
@@ -29,6 +29,7 @@ from polyhead_trainer.progress import TrainingProgress
 from polyhead_trainer.publish import check_output, publish
 from polyhead_trainer.record import BackboneFacts, DataFacts, RunRecord, TrainableFacts, count_parameters, read_record
 from polyhead_trainer.run import RunResult, measure_before
+from polyhead_trainer.run_lock import only_run_into
 from polyhead_trainer.storage import writing
 from polyhead_trainer.tasks import Evaluator, open_task
 from polyhead_trainer.together.checkpoint import SavedTogether, TogetherCheckpointer, restore_together
@@ -113,17 +114,18 @@ def _run(config: TogetherConfig, console: Console, overwrite: bool, resume: bool
     energy = EnergyMeter(readable_counters(backbone.device))
     published = {}
     with ExitStack() as stack:
+        stack.enter_context(only_run_into(config.output))
         for adapter in adapters:
             stack.enter_context(adapter.tracking.failing_with())
         _train(config, shared, adapters, facts, checkpoints, console, energy)
         for adapter in adapters:
             if adapter.course.failure is None:
                 joules = _part(energy.joules, adapter, adapters)
-                published[adapter.name] = _finish(
-                    adapter, adapters, shared, facts, checkpoints, console, started, joules
-                )
+                finished = _finish(adapter, adapters, shared, facts, checkpoints, console, started, joules)
+                if finished is not None:
+                    published[adapter.name] = finished
+        checkpoints.remove()
     failures = {adapter.name: adapter.course.failure for adapter in adapters if adapter.course.failure is not None}
-    checkpoints.remove()
     return TogetherResult(published=published, failures=failures)
 
 
@@ -138,7 +140,7 @@ def _open(
 ) -> _Adapter:
     backbone: Backbone = shared.backbone
     task = open_task(config, backbone)
-    data = open_data(config.data, backbone.tokenizer, task.encode)
+    data = open_data(config.data, backbone, task.encode)
     evaluator = task.evaluator(data.held_out.examples)
     assert isinstance(config.adapter, LoraSettings), "checked with the configuration"
     num_untouched = count_parameters(backbone.model)
@@ -247,8 +249,11 @@ def _finish(
     console: Console,
     started: float,
     joules: dict[str, float],
-) -> RunResult:
-    """Measures and publishes one adapter; `joules` is what its training took."""
+) -> RunResult | None:
+    """Measures and publishes one adapter; `joules` is what its training took.
+
+    None where its last step has ruined it.
+    """
     course, config = adapter.course, adapter.config
     member: Member = course.member
     assert adapter.saved is not None
@@ -260,6 +265,9 @@ def _finish(
             report.say(console, f"kept: the weights of step {adapter.watch.best_step}")
         after = adapter.evaluator.measure(member.tuned.model)
         adapter.tracking.measured(after, course.loop.step)
+        if (error := diverged_at_the_end(course.loop, adapter.saved.before, after)) is not None:
+            course.failure = course.keep_what_is_left(error)
+            return None
         record = RunRecord(
             config=config,
             backbone=facts,
