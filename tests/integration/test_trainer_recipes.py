@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,24 @@ import pytest
 from rich.console import Console
 from test_trainer_run import run_quietly
 from test_trainer_seq2seq import save_encoder_decoder
+from test_trainer_serving import served_loss
 from transformers import AutoTokenizer
 
-from polyhead_trainer.config import RunConfig, parse_config
+from polyhead_client import Client
+from polyhead_core.adapter_directory import read_adapter_directory
+from polyhead_core.backbone import load_backbone
+from polyhead_trainer.config import LoraSettings, RunConfig, parse_config
 from polyhead_trainer.config.adapter import METHODS
-from polyhead_trainer.config.together import parse_together
+from polyhead_trainer.config.together import TogetherConfig, parse_together
+from polyhead_trainer.data import EncodedExample, load_examples
 from polyhead_trainer.demo_data import prepare
+from polyhead_trainer.objectives.preference import EncodedPair
 from polyhead_trainer.recipe_book import find_recipe, recipes
 from polyhead_trainer.record import read_record
 from polyhead_trainer.reevaluate import measure, read_subject
+from polyhead_trainer.tasks import open_task
 from polyhead_trainer.together.run import run_together
+from running_server import RunningServer
 from tiny import save_backbone
 
 TOGETHER = [recipe.name for recipe in recipes() if "[[adapters]]" in recipe.text]
@@ -89,9 +98,7 @@ def test_a_recipe_runs_and_its_output_is_read_back(folder: Path, monkeypatch: py
         assert again.after.earlier_loss is not None
 
 
-@pytest.mark.parametrize("name", TOGETHER)
-def test_a_recipe_of_several_adapters_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(folder)
+def configuration_together(name: str) -> TogetherConfig:
     values: dict[str, Any] = tomllib.loads(find_recipe(name).text)
     values["backbone"] = {"source": "backbone", "cache_dir": "cache"}
     values["adapter"]["layers"] = [1, 2]
@@ -100,7 +107,13 @@ def test_a_recipe_of_several_adapters_runs(folder: Path, monkeypatch: pytest.Mon
         for section, smaller in SMALLER.items():
             entry[section].update(smaller)
         entry["training"].pop("epochs", None)
-    config = parse_together(values, name)
+    return parse_together(values, name)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_recipe_of_several_adapters_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(folder)
+    config = configuration_together(name)
     assert len(config.runs) > 1
     result = run_together(config, Console(quiet=True))
     assert result.published.keys() == config.runs.keys()
@@ -108,6 +121,63 @@ def test_a_recipe_of_several_adapters_runs(folder: Path, monkeypatch: pytest.Mon
         again = measure(read_subject(one.record.config.output, []))
         assert again.after == one.record.after
         assert again.after.held_out_loss != again.before.held_out_loss, "two steps changed nothing"
+
+
+def is_served(config: RunConfig) -> bool:
+    lora = isinstance(config.adapter, LoraSettings) and not config.adapter.use_dora
+    return lora and config.task in ("completion", "preference")
+
+
+def served_reward_margin(client: Client, adapter: str, pairs: list[EncodedPair], beta: float) -> float:
+    def log_prob(tokens: EncodedExample, name: str | None) -> float:
+        scored = client.score(tokens.token_ids, adapter=name).tokens
+        return sum(one.logprob for one, is_label in zip(scored, tokens.is_label, strict=True) if is_label)
+
+    def reward(tokens: EncodedExample) -> float:
+        return beta * (log_prob(tokens, adapter) - log_prob(tokens, None))
+
+    return sum(reward(pair.chosen) - reward(pair.rejected) for pair in pairs) / len(pairs)
+
+
+def test_recipes_of_the_lora_family_are_served_as_they_were_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(folder)
+    configs = {name: config for name in NAMES if is_served(config := configuration(name))}
+    for name in configs:
+        run_once(name)
+    for name in TOGETHER:
+        together = configuration_together(name)
+        run_together(together, Console(quiet=True), overwrite=True)
+        configs |= together.runs
+    for name, config in configs.items():
+        shutil.copytree(config.output, tmp_path / "adapters" / name)
+    backbone = load_backbone("backbone", cache_dir=Path("cache"))
+    server = RunningServer(
+        tmp_path / "log", backbone=folder / "backbone", cache=folder / "cache", adapters=tmp_path / "adapters",
+        kv_dtype="float32", adapter_dtype="float32",
+    )  # fmt: skip
+    with server, Client(server.address) as client:
+        for name, config in configs.items():
+            encode = open_task(config, backbone).encode
+            data = config.data
+            held_out = load_examples(data.held_out, backbone.tokenizer, data.max_length, encode, data.columns).examples
+            measured = held_out[: config.evaluate.max_examples]
+            record = read_record(config.output)
+            assert record is not None
+            after = record["after"]
+            prompt = held_out[0].token_ids[: held_out[0].prompt_length]
+            answer = client.generate(prompt, adapter=name, max_tokens=config.evaluate.max_new_tokens, temperature=0.0)
+            assert answer.text == after["answers"][0], name
+            assert answer.adapter is not None
+            assert answer.adapter.content_hash == read_adapter_directory(config.output).content_hash
+            if config.task == "preference":
+                pairs = [pair for pair in measured if isinstance(pair, EncodedPair)]
+                margin = served_reward_margin(client, name, pairs, config.preference.beta)
+                assert margin == pytest.approx(after["reward_margin"], rel=0.2), name
+            else:
+                # As in test_trainer_serving: int8 activations are rounded, and a fused layer sums up in another order.
+                assert served_loss(client, name, measured) == pytest.approx(after["held_out_loss"], rel=3e-3), name
 
 
 def test_every_method_has_a_recipe() -> None:
