@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     level = options.pop("log_level").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels that nothing here asks for
     try:
         config = load_config(options.pop("config"), options.pop("set"), **options)
         return _serve(config)

@@ -51,6 +51,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         (write("generation_config.json", "{"), "generation_config.json"),
         (change_config(hidden_size="wide"), "hidden_size"),
         (change_config(quantization_config="int8"), "quantization_config"),
+        (change_config(model_type="t5"), r"not a decoder-only language model: .*T5Config.*AutoModelForCausalLM\.$"),
     ],
 )
 def test_damaged_settings_are_named(

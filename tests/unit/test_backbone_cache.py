@@ -103,6 +103,12 @@ def test_an_unwritable_cache_says_what_to_do(kind: str, tmp_path: Path) -> None:
         resolve_source("default", cache)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a file system that makes no folders")
+def test_a_cache_where_no_folder_can_be_made_says_what_to_do() -> None:
+    with pytest.raises(BackboneError, match=r"cannot write /proc/polyhead/.*cache_dir"):
+        resolve_source("default", Path("/proc/polyhead/cache"))
+
+
 def test_a_disk_that_fills_up_during_the_conversion_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

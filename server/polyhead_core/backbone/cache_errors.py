@@ -22,9 +22,15 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _UNWRITABLE:
+        if isinstance(error, OSError) and error.errno not in _UNWRITABLE and not _cannot_be_made(folder, error):
             raise
         raise BackboneError(
             f"cannot write {folder}: {error}; make room or give permission there, or keep the cache elsewhere: "
             "set cache_dir, or POLYHEAD_CACHE in the environment"
         ) from error
+
+
+def _cannot_be_made(folder: Path, error: OSError) -> bool:
+    """Where the system makes no folders, as below /proc; a file that is missing elsewhere may have been read."""
+    missing = Path(error.filename) if error.errno == errno.ENOENT and error.filename is not None else None
+    return missing in (folder, *folder.parents)

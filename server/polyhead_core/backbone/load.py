@@ -117,7 +117,8 @@ def empty_model(directory: Path) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise BackboneError(f"{directory} is not a decoder-only language model: {error}") from error
+        reason = str(error).partition("\n")[0]  # transformers goes on with the names of all architectures
+        raise BackboneError(f"{directory} is not a decoder-only language model: {reason}") from error
     model.requires_grad_(False)
     model.eval()
     if (directory / "generation_config.json").is_file():
