@@ -16,6 +16,7 @@ from transformers import (
     FalconConfig,
     GPT2Config,
     Lfm2Config,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -217,15 +218,29 @@ UNPACKABLE = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", UNPACKABLE)
 @torch.no_grad()
-def test_backbones_that_would_leak_are_refused_and_left_as_they_were(kind: str) -> None:
+def test_backbones_that_would_leak_are_refused_and_left_as_they_were(kind: str, dtype: torch.dtype) -> None:
     config = UNPACKABLE[kind]
-    model = random_model(config)
+    model = random_model(config).to(dtype)
     before = label_logits(model, collate(EXAMPLES, PAD))
     with pytest.raises(ConfigError, match=f"cannot be used with {config.model_type}: .*packing = false"):
         prepare_packing(model, EXAMPLES, PAD)
     assert torch.equal(label_logits(model, collate(EXAMPLES, PAD)), before)
+
+
+@torch.no_grad()
+def test_a_deep_model_that_magnifies_rounding_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its padded logits differ from separate ones as much."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=80, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.3,
+    )  # fmt: skip
+    prepare_packing(random_model(config).to(torch.bfloat16), EXAMPLES, PAD)
+    monkeypatch.setattr("polyhead_trainer.packing.SAME_NOISE", 0)
+    with pytest.raises(ConfigError, match="packed, two examples give other logits than apart"):
+        prepare_packing(random_model(config).to(torch.bfloat16), EXAMPLES, PAD)
 
 
 def test_methods_with_virtual_tokens_are_refused_by_name(tmp_path: Path) -> None:
