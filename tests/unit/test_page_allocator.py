@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyhead_server.store.packing import joined_extents
 from polyhead_server.store.page_allocator import CHUNK_UNITS, PageAllocator, slab_chunks
 
 _SIZES = st.lists(st.sampled_from([1, 3, 8, 24, 72, 192, 300, 700, 6144]), min_size=1, max_size=40)
@@ -101,3 +102,18 @@ def test_extents_of_a_size_lie_one_behind_the_other_also_after_an_eviction() -> 
             of_size = [start for start, other in zip(starts, sizes, strict=True) if other == size]
             follows = [after == before + size for before, after in itertools.pairwise(of_size)]
             assert sum(follows) >= 0.8 * len(follows)  # but from one slab to the next
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=30),
+    gaps=st.lists(st.integers(0, 1), min_size=30, max_size=30),
+)
+def test_extents_that_lie_one_behind_the_other_are_one_run(sizes: list[int], gaps: list[int]) -> None:
+    starts = [sum(sizes[:index]) + sum(gaps[: index + 1]) for index in range(len(sizes))]
+    runs = joined_extents(starts, sizes)
+    units = [
+        (start + unit, sum(sizes[:index]) + unit) for index, start in enumerate(starts) for unit in range(sizes[index])
+    ]
+    assert [(run.start + unit, run.first + unit) for run in runs for unit in range(run.num_units)] == units
+    assert len(runs) == 1 + sum(gaps[1 : len(sizes)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +92,29 @@ def pack(adapter: HostAdapter, dtype: torch.dtype, *, pin_memory: bool = False) 
 
 def num_units(num_elements: int) -> int:
     return -(-num_elements // UNIT)
+
+
+class Run(NamedTuple):
+    """Extents that lie one behind the other in the arena as in the adapter."""
+
+    start: int
+    """First unit in the arena."""
+    first: int
+    """First unit in the adapter."""
+    num_units: int
+
+
+def joined_extents(starts: Sequence[int], sizes: Sequence[int]) -> list[Run]:
+    """The fewest runs that extents of these sizes, laid at these units of the arena, make; in order."""
+    runs: list[Run] = []
+    first = 0
+    for start, size in zip(starts, sizes, strict=True):
+        if runs and runs[-1].start + runs[-1].num_units == start:
+            runs[-1] = runs[-1]._replace(num_units=runs[-1].num_units + size)
+        else:
+            runs.append(Run(start, first, size))
+        first += size
+    return runs
 
 
 def table_row(adapter: PackedAdapter, starts: Sequence[int], sites: SiteMap, max_pages: int) -> TableRow:

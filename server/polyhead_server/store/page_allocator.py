@@ -11,6 +11,7 @@ import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 CHUNK_UNITS = 256
 """Slabs are whole chunks."""
@@ -33,6 +34,7 @@ class _Slab:
         return len(self.free) == self.capacity
 
 
+@cache
 def slab_chunks(extent_units: int) -> int:
     """Chunks in a slab for extents of this size: the fewest that waste at most a sixteenth, if 16 chunks can."""
     fewest = -(-extent_units // CHUNK_UNITS)

@@ -13,7 +13,7 @@ from polyhead_core.errors import ConfigError
 from polyhead_core.kernels import dispatch
 from polyhead_core.kernels.tables import RANKS_PER_PAGE, UNIT, AdapterTables
 from polyhead_core.sites import SiteMap
-from polyhead_server.store.packing import PackedAdapter, TableRow, table_row
+from polyhead_server.store.packing import PackedAdapter, Run, TableRow, joined_extents, table_row
 
 
 class AdapterPool:
@@ -67,31 +67,30 @@ class AdapterPool:
 
         On the host no step may be reading the units. On CUDA one that is enqueued may: the copy waits for it.
         """
+        runs = joined_extents(starts, adapter.sizes)
         if self._stream is None:
-            self._copy_on_host(adapter, starts)
+            self._copy_on_host(adapter, runs)
         else:
             # A step that only prefills is enqueued and never waited for; an adapter that it still reads may have been
             # evicted since. Steps run on the default stream, for which streams of torch's do not wait by themselves.
             self._stream.wait_stream(torch.cuda.default_stream(self.device))  # type: ignore[no-untyped-call, unused-ignore]
             with torch.cuda.stream(self._stream):
-                self._scatter(adapter, starts)
+                self._copy_to_device(adapter, runs)
             self._stream.synchronize()
         return table_row(adapter, starts, self.sites, self.max_pages)
 
-    def _copy_on_host(self, adapter: PackedAdapter, starts: Sequence[int]) -> None:
+    def _copy_on_host(self, adapter: PackedAdapter, runs: Sequence[Run]) -> None:
         # Through numpy: plain memory copies, ten times as fast as torch's small copies, and no thread but this one.
         arena = self.tables.arena.view(torch.uint8).numpy().reshape(-1, self.unit_bytes)
-        units, first = adapter.units.view(torch.uint8).numpy(), 0
-        for start, size in zip(starts, adapter.sizes, strict=True):
+        units = adapter.units.view(torch.uint8).numpy()
+        for start, first, size in runs:
             arena[start : start + size] = units[first : first + size]
-            first += size
 
-    def _scatter(self, adapter: PackedAdapter, starts: Sequence[int]) -> None:
-        sizes = torch.tensor(adapter.sizes)
-        offsets = torch.tensor(starts) - (sizes.cumsum(0) - sizes)
-        unit_ids = torch.repeat_interleave(offsets, sizes) + torch.arange(adapter.num_units)
-        units = adapter.units.to(self.device, non_blocking=True)
-        self.tables.arena.view(-1, UNIT).index_copy_(0, unit_ids.to(self.device), units)
+    def _copy_to_device(self, adapter: PackedAdapter, runs: Sequence[Run]) -> None:
+        # From pinned memory straight to its place: an index of all units would take the host longer than these copies.
+        arena = self.tables.arena.view(-1, UNIT)
+        for start, first, size in runs:
+            arena[start : start + size].copy_(adapter.units[first : first + size], non_blocking=True)
 
     def set_row(self, slot: int, row: TableRow) -> None:
         self.tables.num_pages[slot] = row.num_pages
