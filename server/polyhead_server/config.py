@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from polyhead_core.devices import DEVICE_NAME
 from polyhead_core.errors import ConfigError
 
-_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
 _MAX_COUNT = 10**9
 """Counts travel as 32 bits, some of them added up."""
 _MAX_BYTES = 1 << 60
@@ -97,7 +96,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} is not usable: expected {expected}")
 
         check("quantization", self.quantization in ("int8", "none"), "int8 or none")
-        check("device", _DEVICE.fullmatch(self.device) is not None, "cpu or cuda")
+        check("device", DEVICE_NAME.fullmatch(self.device) is not None, "cpu or cuda")
         for name in ("dtype", "kv_dtype", "adapter_dtype"):
             check(name, getattr(self, name) in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         check("listen", _is_address(self.listen), "HOST:PORT")

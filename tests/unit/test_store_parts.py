@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,7 +335,7 @@ def test_a_folder_that_cannot_be_read_keeps_what_is_known(
 ) -> None:
     _write(tmp_path, "anna", "1")
     catalog.refresh()
-    monkeypatch.setattr(os, "listdir", _raise_permission_error)
+    monkeypatch.setattr(os, "listdir", partial(_fail, PermissionError))
     for _ in range(3):
         catalog.refresh()
     assert catalog.entries.keys() == {"anna"}
@@ -361,12 +362,13 @@ def test_what_stays_as_it_is_is_said_once(
     assert "other" in caplog.records[-1].message
 
 
+@pytest.mark.parametrize("error", [PermissionError, RuntimeError])
 def test_it_polls_and_outlives_a_failing_scan(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     catalog.start(0.01)
     try:
-        monkeypatch.setattr(os, "listdir", _raise_permission_error)
+        monkeypatch.setattr(os, "listdir", partial(_fail, error))
         time.sleep(0.05)
         monkeypatch.undo()
         _write(tmp_path, "anna", "1")
@@ -375,8 +377,8 @@ def test_it_polls_and_outlives_a_failing_scan(
         catalog.stop()
 
 
-def _raise_permission_error(path: object) -> list[str]:
-    raise PermissionError(path)
+def _fail(error: type[Exception], path: object) -> list[str]:
+    raise error(path)
 
 
 def _wait_until(condition, timeout_s: float = 5.0) -> None:  # type: ignore[no-untyped-def]

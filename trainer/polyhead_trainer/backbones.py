@@ -22,6 +22,7 @@ from polyhead_core.backbone import Backbone, load_backbone
 from polyhead_core.backbone.checkpoint import fingerprint
 from polyhead_core.backbone.source import resolve_source
 from polyhead_core.backbone.typed_copy import typed_directory
+from polyhead_core.devices import check_device
 from polyhead_core.errors import AdapterMismatch, BackboneError, ConfigError
 from polyhead_core.paths import default_cache_dir
 from polyhead_trainer.config import BackboneSection
@@ -65,7 +66,7 @@ def compute_dtype(settings: BackboneSection) -> torch.dtype:
 def load(settings: BackboneSection, *, shared: bool = False) -> Backbone:
     """`shared`: by several processes of a host, as load_backbone has it; bitsandbytes' types are each process's own all
     the same. Raises BackboneError, ConfigError."""
-    check_device(settings.device)
+    check_device(settings.device, "backbone.device")
     directory = resolve_source(settings.source, settings.cache_dir or default_cache_dir())
     check_loadable(settings, directory)
     if settings.quantization in BY_BITSANDBYTES or is_encoder_decoder(directory):
@@ -77,22 +78,6 @@ def load(settings: BackboneSection, *, shared: bool = False) -> Backbone:
         device=settings.device,
         cache_dir=settings.cache_dir,
         shared=shared,
-    )
-
-
-def check_device(name: str, setting: str = "backbone.device") -> None:
-    """Raises ConfigError for a GPU that is not there."""
-    device = torch.device(name)
-    if device.type == "cpu":
-        return
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) < num_gpus:
-        return
-    there = f"{num_gpus} GPUs, numbered from 0" if num_gpus else "no GPU that this PyTorch can use"
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-    raise ConfigError(
-        f"{setting} = {name}: here is {there} (PyTorch {torch.__version__}, built for {built}; `nvidia-smi` "
-        f"shows what the driver has): set {setting} = {'cuda' if num_gpus else 'cpu'}, or run on another machine"
     )
 
 

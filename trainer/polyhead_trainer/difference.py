@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polyhead_core.backbone import Backbone, load_backbone
-from polyhead_core.errors import ConfigError
-from polyhead_trainer.backbones import HUB_NAMES, check_device
-from polyhead_trainer.config.sections import of_known_kind
+from polyhead_core.devices import check_device
+from polyhead_trainer.backbones import HUB_NAMES
 from polyhead_trainer.errors import DifferenceRefused
 from polyhead_trainer.methods.peft_tuned import stamp
 from polyhead_trainer.staging import new_directory
@@ -92,7 +91,7 @@ def export_difference(
 
     Raises DifferenceRefused, BackboneError, ConfigError, OutputExists, StorageFailed.
     """
-    _check_device(device)
+    check_device(device, "--device")
     with new_directory(output) as staging:
         backbone, changed = (
             load_backbone(source, quantization="none", dtype="float32", cache_dir=cache_dir) for source in (base, tuned)
@@ -107,14 +106,6 @@ def export_difference(
         difference = Difference(output=output, content_hash=content_hash, rank=rank, layers=errors, lost=lost)
         (staging / RECORD_FILE).write_text(difference.to_json(), encoding="utf-8")
     return difference
-
-
-def _check_device(device: str) -> None:
-    try:
-        of_known_kind(device)
-    except ValueError as error:
-        raise ConfigError(f"--device = {device}: {error}") from error
-    check_device(device, "--device")
 
 
 def truncated_svd(change_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ class AsyncClient:
         """Like generate, chunk by chunk. Close the stream, or use it as a context manager."""
         request = wire.generate_request(prompt, adapter, parse_special_tokens, sampling)
         with translated():
-            return AsyncStream(self._stubs.inference.Generate(request, timeout=wire.timeout(timeout_s)))
+            return AsyncStream(self._stubs.inference.Generate(request, timeout=timeout_s))
 
     async def chat(
         self,
@@ -153,7 +153,7 @@ class AsyncClient:
     ) -> AsyncStream:
         request = wire.chat_request(messages, adapter, sampling)
         with translated():
-            return AsyncStream(self._stubs.inference.Chat(request, timeout=wire.timeout(timeout_s)))
+            return AsyncStream(self._stubs.inference.Chat(request, timeout=timeout_s))
 
     async def score(
         self,
@@ -167,43 +167,39 @@ class AsyncClient:
         """Log-probabilities of a given text or of given token ids."""
         request = wire.score_request(text, adapter, top_logprobs, parse_special_tokens)
         with _translated():
-            return wire.to_score(await self._stubs.inference.Score(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_score(await self._stubs.inference.Score(request, timeout=timeout_s))
 
     async def adapters(self, *, timeout_s: float | None = None) -> tuple[Adapter, ...]:
         with _translated():
-            response = await self._stubs.adapters.List(
-                adapters_pb2.ListAdaptersRequest(), timeout=wire.timeout(timeout_s)
-            )
+            response = await self._stubs.adapters.List(adapters_pb2.ListAdaptersRequest(), timeout=timeout_s)
         return tuple(wire.to_adapter(adapter) for adapter in response.adapters)
 
     async def adapter(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(name=wire.adapter_name(name))
         with _translated():
-            return wire.to_adapter(await self._stubs.adapters.Get(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(await self._stubs.adapters.Get(request, timeout=timeout_s))
 
     async def load(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Returns once the adapter is in the device pool."""
         request = adapters_pb2.LoadAdapterRequest(name=wire.adapter_name(name))
         with _translated():
-            return wire.to_adapter(await self._stubs.adapters.Load(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(await self._stubs.adapters.Load(request, timeout=timeout_s))
 
     async def unload(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Gives up the adapter's memory; it is loaded again on demand."""
         request = adapters_pb2.UnloadAdapterRequest(name=wire.adapter_name(name))
         with _translated():
-            return wire.to_adapter(await self._stubs.adapters.Unload(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(await self._stubs.adapters.Unload(request, timeout=timeout_s))
 
     async def pin(self, name: str, pinned: bool = True, *, timeout_s: float | None = None) -> Adapter:
         """Keeps the adapter in the device pool, or lets it be evicted again."""
         request = adapters_pb2.PinAdapterRequest(name=wire.adapter_name(name), pinned=pinned)
         with _translated():
-            return wire.to_adapter(await self._stubs.adapters.Pin(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(await self._stubs.adapters.Pin(request, timeout=timeout_s))
 
     async def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         with _translated():
-            return wire.to_server_info(
-                await self._stubs.server.Info(server_pb2.InfoRequest(), timeout=wire.timeout(timeout_s))
-            )
+            return wire.to_server_info(await self._stubs.server.Info(server_pb2.InfoRequest(), timeout=timeout_s))
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> ServerInfo:
         """Returns once the server answers and takes requests; raises DeadlineExceeded when it does not."""

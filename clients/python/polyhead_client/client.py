@@ -115,7 +115,7 @@ class Client:
         """Like generate, chunk by chunk. Close the stream, or use it as a context manager."""
         request = wire.generate_request(prompt, adapter, parse_special_tokens, sampling)
         with translated():
-            return Stream(self._stubs.inference.Generate(request, timeout=wire.timeout(timeout_s)))
+            return Stream(self._stubs.inference.Generate(request, timeout=timeout_s))
 
     def chat(
         self,
@@ -139,7 +139,7 @@ class Client:
     ) -> Stream:
         request = wire.chat_request(messages, adapter, sampling)
         with translated():
-            return Stream(self._stubs.inference.Chat(request, timeout=wire.timeout(timeout_s)))
+            return Stream(self._stubs.inference.Chat(request, timeout=timeout_s))
 
     def score(
         self,
@@ -153,41 +153,39 @@ class Client:
         """Log-probabilities of a given text or of given token ids."""
         request = wire.score_request(text, adapter, top_logprobs, parse_special_tokens)
         with translated():
-            return wire.to_score(self._stubs.inference.Score(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_score(self._stubs.inference.Score(request, timeout=timeout_s))
 
     def adapters(self, *, timeout_s: float | None = None) -> tuple[Adapter, ...]:
         with translated():
-            response = self._stubs.adapters.List(adapters_pb2.ListAdaptersRequest(), timeout=wire.timeout(timeout_s))
+            response = self._stubs.adapters.List(adapters_pb2.ListAdaptersRequest(), timeout=timeout_s)
         return tuple(wire.to_adapter(adapter) for adapter in response.adapters)
 
     def adapter(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(name=wire.adapter_name(name))
         with translated():
-            return wire.to_adapter(self._stubs.adapters.Get(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(self._stubs.adapters.Get(request, timeout=timeout_s))
 
     def load(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Returns once the adapter is in the device pool."""
         request = adapters_pb2.LoadAdapterRequest(name=wire.adapter_name(name))
         with translated():
-            return wire.to_adapter(self._stubs.adapters.Load(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(self._stubs.adapters.Load(request, timeout=timeout_s))
 
     def unload(self, name: str, *, timeout_s: float | None = None) -> Adapter:
         """Gives up the adapter's memory; it is loaded again on demand."""
         request = adapters_pb2.UnloadAdapterRequest(name=wire.adapter_name(name))
         with translated():
-            return wire.to_adapter(self._stubs.adapters.Unload(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(self._stubs.adapters.Unload(request, timeout=timeout_s))
 
     def pin(self, name: str, pinned: bool = True, *, timeout_s: float | None = None) -> Adapter:
         """Keeps the adapter in the device pool, or lets it be evicted again."""
         request = adapters_pb2.PinAdapterRequest(name=wire.adapter_name(name), pinned=pinned)
         with translated():
-            return wire.to_adapter(self._stubs.adapters.Pin(request, timeout=wire.timeout(timeout_s)))
+            return wire.to_adapter(self._stubs.adapters.Pin(request, timeout=timeout_s))
 
     def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         with translated():
-            return wire.to_server_info(
-                self._stubs.server.Info(server_pb2.InfoRequest(), timeout=wire.timeout(timeout_s))
-            )
+            return wire.to_server_info(self._stubs.server.Info(server_pb2.InfoRequest(), timeout=timeout_s))
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> ServerInfo:
         """Returns once the server answers and takes requests; raises DeadlineExceeded when it does not."""

@@ -66,9 +66,27 @@ class Stubs:
     """The three services over one channel, sync or asyncio; gRPC generates them without types."""
 
     def __init__(self, channel: Any) -> None:
-        self.inference: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-        self.adapters: Any = adapters_pb2_grpc.AdaptersStub(channel)  # type: ignore[no-untyped-call]
-        self.server: Any = server_pb2_grpc.ServerStub(channel)  # type: ignore[no-untyped-call]
+        self.inference = _AnyTimeout(inference_pb2_grpc.InferenceStub(channel))  # type: ignore[no-untyped-call]
+        self.adapters = _AnyTimeout(adapters_pb2_grpc.AdaptersStub(channel))  # type: ignore[no-untyped-call]
+        self.server = _AnyTimeout(server_pb2_grpc.ServerStub(channel))  # type: ignore[no-untyped-call]
+
+
+class _AnyTimeout:
+    """A service whose calls take timeouts of any length: beyond some, gRPC's clocks overflow and end them at once."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._service, method)
+        return lambda request, timeout=None: call(request, timeout=_limited(timeout))
+
+
+def _limited(timeout_s: float | None) -> float | None:
+    """None: no limit."""
+    if timeout_s is not None and math.isnan(timeout_s):
+        raise InvalidRequest("timeout_s = nan is not usable: expected seconds, or None for no limit")
+    return None if timeout_s is None or timeout_s > _LONGEST_TIMEOUT_S else timeout_s
 
 
 # Requests. Whatever protobuf refuses is the caller's mistake and is named as such.
@@ -117,13 +135,6 @@ def score_request(
         _extend("text", request.token_ids.ids, text)
         request.token_ids.SetInParent()
     return request
-
-
-def timeout(timeout_s: float | None) -> float | None:
-    """What gRPC is told; None: no limit. With a longer one its clocks overflow, and the call would end at once."""
-    if timeout_s is not None and math.isnan(timeout_s):
-        raise InvalidRequest("timeout_s = nan is not usable: expected seconds, or None for no limit")
-    return None if timeout_s is None or timeout_s > _LONGEST_TIMEOUT_S else timeout_s
 
 
 def adapter_name(name: str) -> str:

@@ -21,6 +21,7 @@ from polyhead_core.backbone.host_memory import large_blocks_apart
 from polyhead_core.backbone.model import Backbone
 from polyhead_core.backbone.source import DEFAULT_SOURCE, resolve_source
 from polyhead_core.backbone.typed_copy import typed_directory
+from polyhead_core.devices import check_device
 from polyhead_core.errors import BackboneError, ConfigError
 from polyhead_core.int8 import Int8Linear
 from polyhead_core.paths import default_cache_dir
@@ -53,9 +54,8 @@ def load_backbone(
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: expected auto, {' or '.join(DTYPES)}")
     cache = cache_dir or default_cache_dir()
+    check_device(device, "device")
     target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {device!r} is not usable: torch {torch.__version__} finds no CUDA device here")
     compute = DTYPES[("float32" if target.type == "cpu" else "bfloat16") if dtype == "auto" else dtype]
     with large_blocks_apart():
         directory = resolve_source(source, cache)

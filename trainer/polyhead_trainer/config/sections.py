@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from polyhead_core.devices import DEVICE_NAME
 from polyhead_trainer.config.adapter import AdapterSettings, LoraSettings
 from polyhead_trainer.config.base import Count, Fraction, Positive, Section
 from polyhead_trainer.data.forms import FIELDS
@@ -27,8 +27,8 @@ def _told_apart(labels: list[str]) -> list[str]:
     return labels
 
 
-def of_known_kind(device: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+def _of_known_kind(device: str) -> str:
+    if DEVICE_NAME.fullmatch(device) is None:
         raise ValueError("expected cpu, cuda, or cuda:N for one GPU of several")
     return device
 
@@ -46,7 +46,7 @@ class BackboneSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations, and of the weights with quantization = none; auto: float32 on the CPU, else bfloat16.
     On a CPU that multiplies bfloat16 itself, int8 trains 1.5 times as fast with it (Zen 5)."""
-    device: Annotated[str, AfterValidator(of_known_kind)] = "cpu"
+    device: Annotated[str, AfterValidator(_of_known_kind)] = "cpu"
     """`cpu`, `cuda`, or `cuda:N` for one GPU of several."""
     cache_dir: Path | None = None
     """Where converted backbones are kept; unset: `$POLYHEAD_CACHE`, `$XDG_CACHE_HOME/polyhead`, `~/.cache/polyhead`."""
